@@ -1,0 +1,42 @@
+# Plain venv and pip. Every target makes .venv first; nothing but the package index is needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+export OMP_NUM_THREADS ?= 1
+export GRAFTWORK_DATA ?= $(abspath ../shared/data)
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test slow systems check anatomy clean
+
+# torch first and pinned: any other build would bring gigabytes of CUDA
+$(VENV)/installed-%: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$*]"
+	touch $@
+
+demo: $(VENV)/installed-demo          ## the main job on a real backbone and real text, under 8 minutes on 2 cores
+	OMP_NUM_THREADS=$$(nproc) $(BIN)/python examples/demo.py
+
+test: $(VENV)/installed-test          ## all tests but the slow ones
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+slow: $(VENV)/installed-test          ## the tests that take longer than a minute
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+systems: $(VENV)/installed-test       ## for every catalogue id: how many of its acceptance checks exist and pass
+	$(BIN)/python -m pytest -n $(WORKERS) -m system --systems tests
+
+check: $(VENV)/installed-check        ## lint, types, import direction
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python tests/test_layout.py
+
+anatomy: $(VENV)/installed-test       ## the share of transformers' model types whose roles are found
+	$(BIN)/python benchmarks/anatomy.py --write docs/anatomy.md
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,36 @@
+"""Write backbone and adapter as one plain transformers folder, which needs no graftwork.
+
+graftwork merge adapters/sst2 --out merged/
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("adapter", help="the folder that graftwork train wrote")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="a new or empty folder")
+    parser.add_argument(
+        "--backbone", metavar="NAME|FOLDER", help="the backbone, where it is not what the adapter's file says"
+    )
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Do what the options ask for. Returns the exit code."""
+    from ..core.errors import GraftError
+
+    out = Path(parsed.out).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise GraftError(f"write to {parsed.out!r}", "something is there", "give a new or empty folder")
+    from ..train.output import place_folder
+    from ..train.trained import open_trained
+    from .console import console, quiet
+
+    quiet()
+    trained = open_trained(parsed.adapter, parsed.backbone)
+    place_folder(out, trained.write_merged)
+    console.print(f"{type(trained.model).__name__} written to {out}", markup=False)
+    return 0

@@ -1,0 +1,146 @@
+"""The delta of a pruned adapter: the delta inside, run with its matrices times their masks (see `sparse`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from graftwork.core.delta import Delta, WeightDelta
+from graftwork.core.errors import GraftError
+
+from .substituted import Substituted
+
+
+class Masked(Substituted):
+    """Mixin of the two kinds. delta: the one inside; masks: one bool tensor per matrix of it. Pruned entries are zero
+    and stay so."""
+
+    delta: Delta
+    masks: nn.Module
+    pruned: int
+
+    def setup(self, delta: Delta, decided: bool) -> None:
+        """decided: no calibration will follow."""
+        self.delta, self.masks = delta, nn.Module()
+        self.source = delta.source
+        self.additive = isinstance(delta, WeightDelta) and delta.additive
+        self.decided, self.scoring, self.absolute, self.rounds = decided, False, False, 0
+        self.scores: dict[str, Tensor] = {}
+        self.gone: dict[str, int] = {}
+        for name, p in delta.named_parameters():
+            if p.dim() > 1:
+                self.masks.register_buffer(_quoted(name), torch.ones(p.shape, dtype=torch.bool, device=p.device))
+        if not self.matrices():
+            raise GraftError(
+                f"prune {type(delta).__name__}", "it has no matrices", "prune a method that trains matrices"
+            )
+
+    @property
+    def inside(self) -> Delta:
+        return self.delta
+
+    def matrices(self) -> dict[str, nn.Parameter]:
+        """The masked parameters of the delta inside."""
+        return {name: p for name, p in self.delta.named_parameters() if p.dim() > 1}
+
+    def mask(self, name: str) -> Tensor:
+        """M of a matrix."""
+        return self.masks.get_buffer(_quoted(name))
+
+    def take(self, name: str, mask: Tensor) -> None:
+        """Set the mask of a matrix, given on the CPU."""
+        self.mask(name).copy_(mask)
+        self.gone[name] = mask.numel() - int(mask.sum())
+        self.pruned = sum(self.gone.values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        if not self.decided and not self.scoring and self.training and torch.is_grad_enabled():  # type: ignore[attr-defined]
+            raise GraftError("train a sparse adapter", "its masks are not decided yet", "call gw.calibrate first")
+        matrices = self.matrices()
+        if self.absolute:
+            return {name: w.abs() * self.mask(name) for name, w in matrices.items()}
+        return {name: w * self.mask(name) for name, w in matrices.items()}
+
+    def start(self, absolute: bool) -> None:
+        """A pass that collects scores begins."""
+        self.scoring, self.absolute, self.scores = True, absolute, {}
+
+    def collect(self, scores: Mapping[str, Tensor]) -> None:
+        """Add a batch's scores."""
+        for name, z in scores.items():
+            self.scores[name] = self.scores[name] + z.detach() if name in self.scores else z.detach()
+
+    @torch.no_grad()
+    def settle(self, last: bool) -> None:
+        """The masks of a round are set: what they prune becomes zero."""
+        self.scoring, self.absolute, self.scores = False, False, {}
+        self.rounds, self.decided = self.rounds + 1, last
+        for name, w in self.matrices().items():
+            w.masked_fill_(~self.mask(name), 0.0)
+
+    def folded(self) -> dict[str, Tensor]:
+        """The stored form: for each matrix "bits.name" (uint8, first entry in the highest bit) and "kept.name"; the
+        others as they are."""
+        out = {}
+        for name, value in self.delta.state_dict().items():
+            if name in self.matrices():
+                mask = self.mask(name)
+                out[f"bits.{name}"], out[f"kept.{name}"] = _packed(mask), value[mask]
+            else:
+                out[f"delta.{name}"] = value
+        return out
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the stored form, or the unfolded one."""
+        dense = {k.removeprefix("delta."): v for k, v in tensors.items() if k.startswith("delta.")}
+        for name, w in self.matrices().items():
+            key = _quoted(name)
+            mask = tensors.get(f"masks.{key}")
+            if f"bits.{name}" in tensors:
+                mask = _unpacked(tensors[f"bits.{name}"], w.shape)
+                kept = tensors.get(f"kept.{name}", torch.empty(0))
+                if mask is None or int(mask.sum()) != kept.numel():
+                    found = f"{kept.numel()} values for the bits of {list(w.shape)}"
+                    raise GraftError(
+                        f"the tensor {name!r} of {getattr(self, 'key', 'a sparse adapter')}", found, "restore the file"
+                    )
+                dense[name] = kept.new_zeros(w.shape).masked_scatter(mask, kept)
+            if mask is not None and mask.shape == w.shape:
+                if w.is_meta:
+                    self.masks.register_buffer(key, mask.clone())
+                self.take(name, mask)
+                self.decided = self.decided or not bool(mask.all()) or f"bits.{name}" in tensors
+        if any(w.is_meta for w in self.matrices().values()):
+            self.delta.to_empty(device="cpu")
+        self.delta.restore(dense)
+
+
+def _quoted(name: str) -> str:
+    return name.replace(".", "%2E")
+
+
+_PLACES = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
+
+
+def _packed(mask: Tensor) -> Tensor:
+    """Eight entries in a byte."""
+    flat = nn.functional.pad(mask.flatten().cpu(), (0, -mask.numel() % 8))
+    return (flat.view(-1, 8) * _PLACES).sum(1, dtype=torch.uint8)
+
+
+def _unpacked(bits: Tensor, shape: torch.Size) -> Tensor | None:
+    """The mask; None where the bytes do not fit the shape."""
+    n = shape.numel()
+    if bits.dtype != torch.uint8 or bits.numel() != (n + 7) // 8:
+        return None
+    return ((bits.cpu()[:, None] & _PLACES) != 0).flatten()[:n].view(shape)
+
+
+class MaskedDelta(Masked, Delta):  # type: ignore[misc]
+    """A pruned activation delta."""
+
+
+class MaskedWeight(Masked, WeightDelta):  # type: ignore[misc]
+    """A pruned weight delta."""

@@ -1,0 +1,72 @@
+"""A delta that runs the delta inside it with other tensors in the place of its parameters: generated ones, or masked
+ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from graftwork.core.attention import Attention
+from graftwork.core.delta import Delta, WeightDelta, functional
+from graftwork.core.plan import Host
+
+from .outer import Outer
+
+
+class Substituted(Outer):
+    """Mixin: every function of the delta inside, computed with `tensors()`."""
+
+    @property
+    def inside(self) -> Delta:
+        """The delta that does the work."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What stands in the place of the inside's parameters in this pass."""
+        raise NotImplementedError
+
+    def inner(self) -> list[Delta]:
+        return [self.inside]
+
+    def run(self, function: str, *args: Any, **kwargs: Any) -> Any:
+        """inside.function(*args, **kwargs) with these tensors."""
+        return functional(self.inside, self.tensors(), function, *args, **kwargs)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.run("forward", x, y)
+
+    def enter(self, x: Tensor) -> Tensor:
+        return self.run("enter", x)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attention: Attention) -> Tensor:
+        return self.run("attend", q, k, v, mask, attention)
+
+    def around(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.run("around", base, *args, **kwargs)
+
+    def weight(self, w: Tensor) -> Tensor:
+        return self.run("weight", w)
+
+    def bias(self, b: Tensor | None) -> Tensor | None:
+        return self.run("bias", b)
+
+    def linear(self, x: Tensor, base: Callable[[Tensor], Tensor], host: Host) -> Tensor:
+        return self.run("linear", x, base, host)
+
+    def adapted(self, name: str, stored: Tensor | None) -> Tensor | None:
+        return self.run("adapted", name, stored)
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        return self.run("factors")
+
+    def names(self) -> tuple[str, ...]:
+        assert isinstance(self.inside, WeightDelta)
+        return self.inside.names()
+
+    def auxiliary_loss(self) -> Tensor | None:
+        return self.run("auxiliary_loss")
+
+    def overrides(self, function: str) -> bool:
+        return self.inside.overrides(function)

@@ -1,0 +1,151 @@
+"""A delta: an adapter's piece at one site of the backbone. It overrides exactly the functions it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from .errors import GraftError
+from .passes import Runtime
+from .weight import Weight
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .attention import Attention
+    from .plan import Host
+
+
+class Delta(nn.Module):
+    """Base of all deltas: the trained parameters of one site, and what they do to the pass.
+
+    Override one or more of
+        forward(x, y) -> y'                     edit the site's output y [..., d] (channels last), given x (see `source`)
+        enter(x) -> x'                          edit the input of the site's norm (the residual stream of a pre-norm block)
+        attend(q, k, v, mask, attention)        replace the attention of the site's attention module
+        around(base, *args, **kwargs)           the general form: may change inputs, skip the module, or call it twice
+
+    source: which tensor x is: the "input" of the module that is edited, the sub-layer's "entry", or the input of its "norm".
+    """
+
+    source: str = "input"
+    runtime: Runtime  # set when the delta is attached
+    key: str  # the site's key, set likewise
+    pruned: int = 0  # entries of its parameters that are held at zero, and not counted
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The site's output y [..., d], edited."""
+        raise NotImplementedError
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attention: Attention) -> Tensor:
+        """out [batch, heads, queries, d_head] in the place of attention(q, k, v, mask).
+
+        q [batch, heads, queries, d_head]; k, v [batch, kv_heads, keys, d_head], grouped heads not yet repeated.
+        """
+        raise NotImplementedError
+
+    def enter(self, x: Tensor) -> Tensor:
+        """The norm's input, edited."""
+        raise NotImplementedError
+
+    def around(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What the module returns, in the place of base(*args, **kwargs)."""
+        raise NotImplementedError
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take stored tensors, named as in `state_dict`. GraftError for a missing, unknown or misshapen one."""
+        own = self.state_dict()
+        for name in own.keys() | tensors.keys():
+            there, here = tensors.get(name), own.get(name)
+            if there is None or here is None or there.shape != here.shape:
+                raise GraftError(
+                    f"the tensor {name!r} of {getattr(self, 'key', type(self).__name__)}",
+                    f"stored {_shape(there)}, expected {_shape(here)}",
+                    "the file was made by other hyper-parameters or for another backbone",
+                )
+        self.load_state_dict(dict(tensors))
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """A term for the training loss, or None."""
+        return None
+
+    def context(self, name: str, default: Any = None) -> Any:
+        """Side information of the batch, set by `gw.context`."""
+        return self.runtime.context.get(name, default)
+
+    def overrides(self, function: str) -> bool:
+        """Whether this delta has the function of that name. A combinator answers for the delta inside it."""
+        return getattr(type(self), function, None) is not getattr(Delta, function, None)
+
+
+def _shape(t: Tensor | None) -> str:
+    return "nothing" if t is None else str(list(t.shape))
+
+
+class WeightDelta(Delta):
+    """A delta that re-parameterises the site's weight: merge, unmerge, every host and export come for free.
+
+    weight(W [*batch, out, in]) -> W', and, where it changes the bias, bias(b) -> b' (b is None where the host has none).
+    linear(x, base, host) -> y is the fast path on a host that computes y = x W^T + b: it calls base(x) once and must agree with `weight`.
+    additive: W' - W does not depend on W, so that fast paths of several deltas can be chained.
+    """
+
+    additive: bool = False
+    view: Weight  # set when the delta is attached
+
+    def weight(self, w: Tensor) -> Tensor:
+        """The adapted dense weight [*batch, out, in]."""
+        raise NotImplementedError
+
+    def bias(self, b: Tensor | None) -> Tensor | None:
+        """The adapted bias [out]."""
+        raise NotImplementedError
+
+    def linear(self, x: Tensor, base: Callable[[Tensor], Tensor], host: Host) -> Tensor:
+        """y [..., out] from x [..., in], in the place of base(x), which is fresh and may be written into."""
+        raise NotImplementedError
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """(down [*batch, r, in], up [*batch, out, r]) where W' = W + up down, otherwise None.
+
+        Dropout of the input of `down` is the delta's attribute `dropout`.
+        """
+        return None
+
+    def names(self) -> tuple[str, ...]:
+        """Names of the host's parameters that this delta re-parameterises."""
+        changed = [self.view.name] if self.overrides("weight") else []
+        if self.overrides("bias") and self.view.bias:
+            changed.append(self.view.bias)
+        return tuple(changed)
+
+    def adapted(self, name: str, stored: Tensor | None) -> Tensor | None:
+        """The host's parameter `name` in its stored layout, adapted."""
+        if name == self.view.name and stored is not None:
+            return self.view.restore(stored, self.weight(self.view.dense(stored)))
+        return self.view.restore_bias(stored, self.bias(self.view.bias_of(stored)))
+
+    def overrides(self, function: str) -> bool:
+        if function in ("weight", "bias", "linear"):
+            return getattr(type(self), function) is not getattr(WeightDelta, function)
+        return super().overrides(function)
+
+
+def functional(delta: Delta, parameters: dict[str, Tensor], function: str, *args: Any, **kwargs: Any) -> Any:
+    """delta.function(*args, **kwargs) computed with the given tensors in the place of its parameters.
+
+    They need not be leaves: generated, masked, or one per token. The parameters are back when it returns.
+    """
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for name, value in parameters.items():
+            path, _, leaf = name.rpartition(".")
+            home = (delta.get_submodule(path) if path else delta)._parameters
+            before.append((home, leaf, home[leaf]))
+            home[leaf] = value  # type: ignore[assignment]
+        return getattr(delta, function)(*args, **kwargs)
+    finally:
+        for home, leaf, own in before:
+            home[leaf] = own

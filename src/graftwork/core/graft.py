@@ -1,0 +1,274 @@
+"""The verbs: graft, activate, using, remove, adapters, and the moments of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import install, labels
+from .adapter import Adapter, Part
+from .algebra import A, Expr, as_expr
+from .anatomy import Anatomy, anatomy
+from .delta import WeightDelta
+from .errors import GraftError, nearest
+from .initial import drawing_from
+from .method import Method, flatten, from_json
+from .site import Site
+from .weight import NO_WEIGHT
+from .where import select
+
+
+def graft(
+    model: nn.Module,
+    methods: Method | str | Sequence[Any],
+    name: str = "default",
+    *,
+    head: bool | None = None,
+    seed: int | None = None,
+) -> Adapter:
+    """Graft a new adapter onto `model`, in place: freeze the backbone, install the deltas, activate them.
+
+    methods: a method, a list of methods (one adapter), or their text, e.g. "lora(r=8)".
+    head: train the model's task head with the adapter (None: yes, where there is one and no method does so already).
+    seed: of the initial values; None draws one from torch's generator, which is otherwise left alone.
+    Raises GraftError (no site matched, a name that exists, ...) and then leaves the model as it was.
+    """
+    install.check_free(model)
+    check_name(model, name)
+    chosen = list(flatten(methods))
+    if not chosen:
+        raise GraftError(f"graft {name!r}", "no method", "give at least one, such as gw.LoRA(r=8)")
+    found = anatomy(model)
+    if head is not False and (found.of("head") or head):
+        chosen += _head_method(found, chosen, asked=bool(head))
+    generator = torch.Generator().manual_seed(
+        int(torch.empty((), dtype=torch.int64).random_().item()) if seed is None else seed
+    )
+    parts = [build(method, select(found, method.at, method.layers), found, generator) for method in chosen]
+    adapter = Adapter(name, parts)
+    attach(model, adapter)
+    return adapter
+
+
+def attach(model: nn.Module, adapter: Adapter) -> None:
+    """Hang a built adapter into the model and activate it, or leave the model as it was."""
+    before = active(model)
+    try:
+        install.plant(model, adapter)
+        activate(model, str(A(adapter.name)))
+    except BaseException:
+        if install.is_grafted(model) and adapter.name in install.root_of(model).adapters:
+            activate(model, before)
+            install.uproot(model, adapter.name)
+        raise
+
+
+def _head_method(found: Anatomy, chosen: Sequence[Method], asked: bool) -> list[Method]:
+    if asked and not found.of("head"):
+        raise GraftError("train the task head", "the model has none", "leave head=None")
+    covered = {s.path for m in chosen if m.name == "full" for s in select(found, m.at, m.layers)}
+    if all(s.path in covered for s in found.of("head")):
+        return []
+    return [from_json({"method": "full", "at": "head"})]
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    """GraftError for a name that is empty, no text, or taken."""
+    if not isinstance(name, str) or not name:
+        raise GraftError(f"an adapter named {name!r}", "not a name", "give a non-empty text")
+    if install.is_grafted(model) and name in install.root_of(model).adapters:
+        raise GraftError(
+            f"an adapter named {name!r}", "the model has one", "choose another name, or gw.remove it first"
+        )
+
+
+def build(method: Method, sites: Sequence[Site], found: Anatomy, generator: torch.Generator | None) -> Part:
+    """A method's deltas for these sites; nothing is attached yet."""
+    part = Part(method, sites, found)
+    kept = []
+    with drawing_from(generator):
+        for site in sites:
+            delta = method.build(site, part)
+            if delta is None:
+                continue
+            delta.key = site.key
+            if isinstance(delta, WeightDelta) and not hasattr(delta, "view"):
+                delta.view = site.weight if site.module._parameters.get(site.param) is not None else NO_WEIGHT
+            part.deltas[site.key] = delta
+            kept.append(site)
+    if not kept:
+        raise GraftError(
+            f"graft {method}",
+            f"it has nothing to do at the {len(sites)} sites of at={method.at!r}",
+            "choose another `at`",
+        )
+    part.sites = kept
+    install.check_readable(part)
+    return part
+
+
+def activate(model: nn.Module, expression: Expr | str | None) -> None:
+    """Make an expression over adapters the active one; None is the bare backbone, run by its own code.
+
+    Active adapters that are trainable receive gradients, all others do not.
+    """
+    if expression is None and not install.is_grafted(model):
+        return
+    root = install.root_of(model)
+    if isinstance(expression, str) and expression in root.adapters:
+        expression = A(expression)  # a name may hold characters that an expression's text would quote
+    e = None if expression is None else as_expr(expression)
+    chain = () if e is None else e.names()
+    for name in chain:
+        find(model, name)
+    if len(set(chain)) < len(chain):
+        raise GraftError(f"activate {e}", "an adapter stands in it twice", "name each adapter once")
+    if root.merged is not None and chain:
+        raise GraftError(f"activate {e}", f"{root.merged} is merged into the weights", "call gw.unmerge first")
+    install.compile_plans(model, chain)
+    for name in dict.fromkeys((*root.active, *chain)):  # no other has a parameter that asks for gradients
+        for p in root.adapters[name].parameters():
+            p.requires_grad_(name in chain and root.adapters[name].trainable)
+    root.active, root.expression = chain, None if e is None else str(e)
+    stepped = (
+        p
+        for a in _active(model)
+        for part in a.parts
+        if "step" in part.method.needs
+        for d in part.deltas.values()
+        for p in d.parameters()
+    )
+    root.clock.watch(next(stepped, None))
+    labels.apply(model, next((a.labels for a in _active(model) if a.labels), None))
+
+
+@contextmanager
+def using(model: nn.Module, expression: Expr | str | None) -> Iterator[nn.Module]:
+    """Inside this block, `expression` is active; afterwards, what was active before."""
+    before = active(model)
+    activate(model, expression)
+    try:
+        yield model
+    finally:
+        activate(model, before)
+
+
+def active(model: nn.Module) -> str | None:
+    """The text of the active expression, or None."""
+    return install.root_of(model).expression if install.is_grafted(model) else None
+
+
+def remove(model: nn.Module, name: str) -> None:
+    """Take an adapter out. With the last one, the model is bit for bit what it was before the first."""
+    root = install.root_of(model)
+    find(model, name)
+    if root.merged is not None:
+        raise GraftError(f"remove {name!r}", f"{root.merged} is merged into the weights", "call gw.unmerge first")
+    if name in root.active:
+        activate(model, None)
+    install.uproot(model, name)
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The model's adapters by name."""
+    return dict(install.root_of(model).adapters) if install.is_grafted(model) else {}
+
+
+def find(model: nn.Module, name: str) -> Adapter:
+    """The adapter of this name."""
+    known = adapters(model)
+    if name not in known:
+        raise GraftError(
+            f"the adapter {name!r}",
+            f"the model has {', '.join(map(repr, known)) or 'none'}{nearest(name, known)}",
+            "graft or load it",
+        )
+    return known[name]
+
+
+def step(model: nn.Module, progress: float) -> None:
+    """A moment of training: call it after each optimiser step, before zero_grad. progress: the share of training done, in [0, 1].
+
+    Methods with a schedule (AdaLoRA) take their decisions here.
+    """
+    if not 0 <= progress <= 1:
+        raise GraftError(f"gw.step(progress={progress})", "out of range", "give the share of training done, in [0, 1]")
+    for adapter in _active(model):
+        for part in adapter.parts:
+            part.method.step(part, progress)
+    install.root_of(model).clock.stepped()
+
+
+def auxiliary_loss(model: nn.Module) -> Tensor | float:
+    """The sum of the active deltas' auxiliary losses; 0.0 where there are none. Add it to the task's loss."""
+    terms = [
+        loss for adapter in _active(model) for delta in adapter.deltas() if (loss := delta.auxiliary_loss()) is not None
+    ]
+    return sum(terms[1:], terms[0]) if terms else 0.0
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+) -> None:
+    """A pass over `batches` before training, or as many as asked for, for methods that need data (SNIP masks).
+
+    loss(model, batch) gives the loss whose gradients they see; by default the batch is a mapping, and the loss is model(**batch).loss.
+    The gradients are cleared afterwards.
+    """
+    parts = [part for adapter in _active(model) for part in adapter.parts if "calibrate" in part.method.needs]
+    if not parts:
+        raise GraftError("gw.calibrate", "no active method needs calibration", "leave the call out")
+    batches = list(batches)  # a method may ask for another pass
+    if not batches:
+        raise GraftError("gw.calibrate", "no batch", "give at least one batch")
+    while parts:
+        for part in parts:
+            part.method.calibrating(part)
+        for batch in batches:
+            value = loss(model, batch) if loss is not None else _own_loss(model, batch)
+            for part in parts:
+                part.method.observe(part, value)
+            value.backward()
+            for part in parts:
+                part.method.calibrate(part)
+            for adapter in _active(model):
+                for p in adapter.parameters():
+                    p.grad = None
+        parts = [part for part in parts if part.method.calibrated(part)]
+
+
+def _own_loss(model: nn.Module, batch: Any) -> Tensor:
+    if not isinstance(batch, Mapping):
+        raise GraftError(
+            "gw.calibrate", f"a batch of type {type(batch).__name__}", "give mappings with labels, or loss="
+        )
+    value = getattr(model(**batch), "loss", None)
+    if not isinstance(value, Tensor):
+        raise GraftError("gw.calibrate", "the model returned no loss", "put labels into the batch, or give loss=")
+    return value
+
+
+class context:  # a verb that is also a with-block
+    """Side information for the next batches: gw.context(model, task="mnli"). In a with-statement it holds for the block."""
+
+    def __init__(self, model: nn.Module, **given: Any) -> None:
+        self._runtime = install.root_of(model).runtime
+        self._before = dict(self._runtime.context)
+        self._runtime.context |= given
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: Any) -> None:
+        self._runtime.context = self._before
+
+
+def _active(model: nn.Module) -> list[Adapter]:
+    root = install.root_of(model)
+    return [root.adapters[name] for name in root.active]

@@ -1,0 +1,107 @@
+"""How new parameters start: every random draw comes from the adapter's own generator, never from the global one.
+
+An initial value is a function (tensor, generator) that fills the tensor in place. Draws are made on the CPU in float32 and then
+cast, so that they are equal on every device, and nothing is drawn for a backbone on the meta device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor, nn
+
+Initial = Callable[[Tensor, torch.Generator | None], object]
+
+_generator: ContextVar[torch.Generator | None] = ContextVar("graftwork_generator", default=None)
+
+
+@contextmanager
+def drawing_from(generator: torch.Generator | None) -> Iterator[None]:
+    """Inside this block, `parameter` draws from `generator`."""
+    token = _generator.set(generator)
+    try:
+        yield
+    finally:
+        _generator.reset(token)
+
+
+def tensor(shape: tuple[int, ...], init: Initial, like: Tensor | None = None) -> Tensor:
+    """A new tensor filled by `init`, on the device and of the floating dtype of `like`."""
+    dtype = like.dtype if like is not None and like.is_floating_point() else torch.get_default_dtype()
+    device = like.device if like is not None else torch.device("cpu")
+    if device.type == "meta":
+        return torch.empty(shape, dtype=dtype, device=device)
+    # a drawing scope such as `torch.device("meta")` must not move the draw
+    values = torch.empty(shape, dtype=torch.float32, device="cpu")
+    with torch.no_grad():
+        init(values, _generator.get())
+    return values.to(device=device, dtype=dtype)
+
+
+def parameter(shape: tuple[int, ...], init: Initial, like: Tensor | None = None) -> nn.Parameter:
+    """A new trainable parameter filled by `init`, on the device and of the dtype of `like`."""
+    return nn.Parameter(tensor(shape, init, like))
+
+
+def zeros(t: Tensor, generator: torch.Generator | None = None) -> None:
+    """Every entry 0."""
+    t.zero_()
+
+
+def ones(t: Tensor, generator: torch.Generator | None = None) -> None:
+    """Every entry 1."""
+    t.fill_(1.0)
+
+
+def constant(value: float) -> Initial:
+    """Every entry `value`."""
+    return lambda t, generator: t.fill_(value)
+
+
+def values(source: Tensor) -> Initial:
+    """A copy of `source`."""
+    return lambda t, generator: t.copy_(source.detach())
+
+
+def normal(std: float = 1.0) -> Initial:
+    """N(0, std^2)."""
+    return lambda t, generator: t.normal_(0.0, std, generator=generator)
+
+
+def truncated_normal(std: float) -> Initial:
+    """N(0, std^2), cut at two standard deviations."""
+    return lambda t, generator: nn.init.trunc_normal_(t, 0.0, std, -2 * std, 2 * std, generator=generator)
+
+
+def uniform(low: float, high: float) -> Initial:
+    """U(low, high)."""
+    return lambda t, generator: t.uniform_(low, high, generator=generator)
+
+
+def kaiming_uniform(a: float = math.sqrt(5)) -> Initial:
+    """U(-b, b), b = sqrt(6 / ((1 + a^2) fan_in)), fan_in the last axis (leading axes are a batch of matrices)."""
+
+    def fill(t: Tensor, generator: torch.Generator | None) -> None:
+        bound = math.sqrt(6 / ((1 + a * a) * t.shape[-1]))
+        t.uniform_(-bound, bound, generator=generator)
+
+    return fill
+
+
+def xavier_uniform(gain: float = 1.0) -> Initial:
+    """U(-b, b), b = gain sqrt(6 / (fan_in + fan_out)), the fans being the last two axes."""
+
+    def fill(t: Tensor, generator: torch.Generator | None) -> None:
+        bound = gain * math.sqrt(6 / (t.shape[-1] + t.shape[-2]))
+        t.uniform_(-bound, bound, generator=generator)
+
+    return fill
+
+
+def orthogonal(t: Tensor, generator: torch.Generator | None = None) -> None:
+    """Orthonormal rows (or columns, where there are fewer)."""
+    nn.init.orthogonal_(t, generator=generator)

@@ -1,0 +1,246 @@
+"""Hanging deltas into a model, compiling what is active into plans, and taking everything out again.
+
+Nothing here can fail half-way: what may be refused is refused before the first module is touched.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from urllib.parse import quote
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .adapter import Adapter, Part
+from .attention import caller, register_interface
+from .delta import Delta, WeightDelta
+from .errors import GraftError
+from .grafted import Graft, Grafted, arm, backbone_modules, disarm
+from .passes import Runtime
+from .plan import Plan
+from .root import Root, graft_in, is_grafted, root_of
+from .site import Site
+
+
+def _home(module: nn.Module) -> nn.Module:
+    """Where a module's deltas are registered: itself, or, for a container that runs its children in turn, the first that is none."""
+    return next(m for m in module.modules() if not isinstance(m, nn.Sequential | nn.ModuleList | nn.ModuleDict | Graft))
+
+
+def check_free(model: nn.Module) -> None:
+    """GraftError where the model cannot carry a registry: inside, or around, another grafted model."""
+    runtime = root_of(model).runtime if is_grafted(model) else None
+    if runtime is not None and root_of(model).merged is not None:
+        asked = f"graft onto {type(model).__name__}"
+        raise GraftError(asked, f"{root_of(model).merged} is merged into the weights", "call gw.unmerge first")
+    for path, module in backbone_modules(model):
+        child = graft_in(module)
+        if child is not None and not (isinstance(child, Graft) and child.runtime is runtime):
+            what = "another model's adapter" if isinstance(child, Graft) else "an attribute of its own named 'graft'"
+            raise GraftError(
+                f"graft onto {type(model).__name__}",
+                f"{path or 'the model'} carries {what}",
+                "graft from the outermost model, once",
+            )
+        if "forward" in module.__dict__ and not isinstance(module, Grafted):
+            raise GraftError(
+                f"graft onto {type(model).__name__}",
+                f"the forward of {path or 'the model'} is replaced on the instance (by accelerate hooks, perhaps)",
+                "graft before that, or remove the hooks first",
+            )
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The backbone's own parameters by name, each once."""
+    seen: set[int] = set()
+    for path, module in backbone_modules(model):
+        for name, p in module._parameters.items():
+            if p is not None and id(p) not in seen:
+                seen.add(id(p))
+                yield f"{path}.{name}" if path else name, p
+
+
+def plant(model: nn.Module, adapter: Adapter) -> Root:
+    """Hang an adapter's deltas under their hosts, and freeze the backbone."""
+    if not is_grafted(model):
+        root = Root(Runtime())
+        root.thawed = [name for name, p in base_parameters(model) if p.requires_grad]
+        root.mask_at = _mask_position(model)
+        root.statistics = {
+            path for path, m in backbone_modules(model) if isinstance(m, _BatchNorm) and m.track_running_stats
+        }
+        if _home(model) is model:
+            model.add_module("graft", root)
+        else:
+            model.__dict__["graft"] = root
+    root = root_of(model)
+    for _, p in base_parameters(model):
+        p.requires_grad_(False)
+    for i, part in enumerate(adapter.parts):
+        part.shared_modules.train(model.training)
+        if len(part.shared_modules):
+            _registered(_home(model), root.runtime).add_module(_slot(adapter.name, i, "shared"), part.shared_modules)
+        for site in part.sites:
+            delta = part.deltas[site.key]
+            delta.runtime = root.runtime
+            delta.train(model.training)  # no dropout in the adapter of a model in evaluation
+            home, slot = _place(model, adapter.name, i, site, delta)
+            _registered(home, root.runtime).add_module(slot, delta)
+    root.adapters[adapter.name] = adapter
+    return root
+
+
+def uproot(model: nn.Module, name: str) -> None:
+    """Take an adapter's deltas out; with the last one, everything."""
+    root = root_of(model)
+    adapter = root.adapters.pop(name)
+    for i, part in enumerate(adapter.parts):
+        homes = [_place(model, name, i, s, part.deltas[s.key]) for s in part.sites]
+        if len(part.shared_modules):
+            homes.append((_home(model), _slot(name, i, "shared")))
+        for home, slot in homes:
+            delattr(home.graft, slot)
+            if not home.graft._modules and not isinstance(home.graft, Root):  # type: ignore[union-attr]
+                del home.graft
+    if not root.adapters:
+        disarm_all(model)
+        del model.graft
+        names = set(root.thawed)
+        for parameter_name, p in model.named_parameters():
+            if parameter_name in names:
+                p.requires_grad_(True)
+
+
+def compile_plans(model: nn.Module, chain: Sequence[str]) -> None:
+    """Give every module its plan for the adapters in `chain`, and swap classes accordingly."""
+    root = root_of(model)
+    plans: dict[str, Plan] = {}
+    bypassable: set[str] = set()
+    attends = False
+
+    def plan_of(path: str) -> Plan:
+        if path not in plans:
+            plans[path] = Plan(model.get_submodule(path))
+        return plans[path]
+
+    for name in chain:
+        for part in root.adapters[name].parts:
+            for site in part.sites:
+                delta = part.deltas[site.key]
+                _add(plan_of, site, delta)
+                attends |= delta.overrides("attend")
+                if not isinstance(delta, WeightDelta):
+                    bypassable.add(_host_path(site, delta))
+    if attends:
+        register_interface()
+    disarm_all(model)
+    root.checked = False
+    if not plans:
+        return
+    ancestors = {""} | {path.rsplit(".", k)[0] for path in plans for k in range(1, path.count(".") + 1)}
+    bypassed = {path.rsplit(".", k)[0] for path in bypassable for k in range(1, path.count(".") + 1)} | {""}
+    for path in sorted(ancestors | set(plans) | root.statistics):
+        module = model.get_submodule(path)
+        if path not in plans and path and isinstance(module, nn.ModuleList | nn.ModuleDict):
+            continue
+        holder = _graft_of(module, root.runtime)
+        holder.plan, holder.reached = plans.get(path), False
+        holder.overriding = path in root.statistics or (bool(bypassable) and path in bypassed)
+        names: tuple[str, ...] = ()
+        if holder.plan is not None:
+            holder.plan.compile(module)
+            names = tuple(holder.plan.weights)
+        arm(module, names)
+        root.armed.append(module)
+
+
+def disarm_all(model: nn.Module) -> None:
+    """Give every module its own class back; the adapters stay, inactive."""
+    root = root_of(model)
+    for module in root.armed:
+        module.graft.plan = None  # type: ignore[union-attr]
+        disarm(module)
+        if not isinstance(module.__dict__.get("graft"), Root):
+            module.__dict__.pop("graft", None)
+    root.armed = []
+
+
+def _add(plan_of: Callable[[str], Plan], site: Site, delta: Delta) -> None:
+    here = site.path
+    out = here if site.exit is None else site.exit
+    if isinstance(delta, WeightDelta):
+        for name in delta.names():
+            plan_of(here).weights.setdefault(name, []).append(delta)
+    if delta.overrides("attend"):
+        inner = caller(site.module)
+        plan_of(".".join(filter(None, (here, inner)))).attend.append(delta)
+    if delta.overrides("around"):
+        plan_of(here).around.append(delta)
+    if delta.overrides("forward"):
+        plan_of(out).forward.append((delta, site.d))
+        if delta.source != "input":
+            plan_of(_read_path(site, delta)).capture.append(delta)
+    if delta.overrides("enter"):
+        plan_of(_read_path(site, delta)).enter.append(delta)
+
+
+def _read_path(site: Site, delta: Delta) -> str:
+    path = site.norm if delta.source == "norm" or delta.overrides("enter") else site.entry
+    if path is None:
+        raise GraftError(
+            f"the {delta.source} of {site.key}", "this site has none", "choose another position or another `at`"
+        )
+    return path
+
+
+def check_readable(part: Part) -> None:
+    """GraftError where a delta wants an input or output that its site does not have."""
+    for site in part.sites:
+        delta = part.deltas[site.key]
+        if delta.overrides("forward") and (site.rows is not None or site.param != "weight"):
+            raise GraftError(
+                f"{part.method} at {site.key}",
+                f"a part of the weights of {type(site.module).__name__}, which has no output of its own",
+                "choose the whole module, or a method of weights (lora)",
+            )
+        if delta.overrides("enter") or (delta.overrides("forward") and delta.source != "input"):
+            _read_path(site, delta)
+
+
+def _host_path(site: Site, delta: Delta) -> str:
+    return site.exit if site.exit is not None and delta.overrides("forward") else site.path
+
+
+def _place(model: nn.Module, name: str, i: int, site: Site, delta: Delta) -> tuple[nn.Module, str]:
+    """The module a delta is registered under, and the name it has there."""
+    host = model.get_submodule(_host_path(site, delta))
+    home = _home(host)
+    return home, _slot(
+        name, i, site.role + ("" if site.param == "weight" else f":{site.param}") if home is host else site.key
+    )
+
+
+def _registered(module: nn.Module, runtime: Runtime) -> Graft:
+    """The graft that is a child of `module`."""
+    if not isinstance(module._modules.get("graft"), Graft):
+        module.__dict__.pop("graft", None)
+        module.add_module("graft", Graft(runtime))
+    return module._modules["graft"]  # type: ignore[return-value]
+
+
+def _graft_of(module: nn.Module, runtime: Runtime) -> Graft:
+    """The module's graft; for one that holds no delta a loose one, no child of it, while it is armed."""
+    if "graft" in module._modules:
+        return module._modules["graft"]  # type: ignore[return-value]
+    return module.__dict__.setdefault("graft", Graft(runtime))
+
+
+def _slot(name: str, i: int, key: str) -> str:
+    """A child's name. Adapter names and paths are data: quoted, so that dots and numbers mean nothing."""
+    return f"{quote(name, safe='')}:{i}:{quote(key, safe=':')}".replace(".", "%2E")
+
+
+def _mask_position(model: nn.Module) -> int | None:
+    names = list(inspect.signature(model.forward).parameters)
+    return names.index("attention_mask") if "attention_mask" in names else None

@@ -1,0 +1,89 @@
+"""State of one forward pass, shared by all sites of one model.
+
+The outermost grafted call opens the pass and closes it. Inside a pass a grafted parameter answers with its adapted value; outside it
+answers with the plain one, because infrastructure (FSDP, state dicts, optimisers) reads parameters by name. A block that gradient
+checkpointing runs again during the backward pass counts as inside: it must see what the first run saw.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Runtime:
+    """What the sites of one model share: the pass, its inputs and the context.
+
+    depth: how many grafted calls are open;  state: what deltas hand to each other within a pass (cleared by the root's call);
+    context: side information per batch or row, set by `gw.context`;  mask: the padding mask [batch, seq] of the pass, or None.
+    """
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.state: dict[Any, Any] = {}
+        self.context: dict[str, Any] = {}
+        self.mask: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copied or pickled model starts outside any pass
+        return {"depth": 0, "state": {}, "context": self.context, "mask": None}
+
+    @property
+    def open(self) -> bool:
+        """Whether a pass is open, or a backward pass is running a checkpointed block again."""
+        if self.depth:
+            return True
+        return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+    def begin(self, mask: Tensor | None) -> None:
+        """The model itself was called: a fresh pass."""
+        self.state = {}
+        self.mask = mask if mask is not None else self.context.get("padding")
+
+    def end(self) -> None:
+        """The model's call is over. Only the mask stays, for blocks that the backward pass runs again."""
+        self.state = {}
+
+
+class Clock:
+    """Notices that a method with a schedule is trained and never stepped, and warns once."""
+
+    def __init__(self) -> None:
+        self.watched: Tensor | None = None
+        self.version, self.missed, self.warned = 0, 0, False
+
+    def watch(self, parameter: Tensor | None) -> None:
+        """A parameter of an active method that needs `gw.step`, or None."""
+        self.watched, self.missed = parameter, 0
+        self.version = 0 if parameter is None else parameter._version
+
+    def tick(self) -> None:
+        """A training pass begins: has the optimiser moved the parameter without `gw.step`?"""
+        if self.watched is None or self.watched._version == self.version:
+            return
+        self.version, self.missed = self.watched._version, self.missed + 1
+        if self.missed > 1 and not self.warned:
+            self.warned = True
+            warnings.warn(
+                "a method with a schedule is trained without gw.step: call gw.step(model, progress) after each optimiser step",
+                stacklevel=2,
+            )
+
+    def stepped(self) -> None:
+        """`gw.step` was called."""
+        self.watch(self.watched)
+
+
+def positions(mask: Tensor | None, batch: int, seq: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """First real position and number of real positions of each row, both [batch], from the padding mask [batch, total].
+
+    A mask longer than seq means that the earlier positions are in a key-value cache.
+    """
+    if mask is None or mask.dim() != 2:
+        zero = torch.zeros(batch, dtype=torch.long, device=device)
+        return zero, zero + seq
+    real = mask.to(torch.long)
+    return real.argmax(dim=1), real.sum(dim=1)

@@ -1,0 +1,170 @@
+"""What one grafted module does in a pass: a flat list of steps, compiled once per activation. The hot path walks it.
+
+No adapter name is looked up here and no expression is walked; a module without a plan is the backbone's own code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .delta import Delta, WeightDelta
+from .errors import GraftError
+from .passes import Runtime
+
+if TYPE_CHECKING:
+    from .weight import Weight
+
+
+class Host:
+    """What a fast path may ask about its host: the dense weight [out, in] and the bias [out] it was called with."""
+
+    def __init__(self, module: nn.Module, view: Weight) -> None:
+        self.module, self.view = module, view
+
+    @property
+    def weight(self) -> Tensor:
+        stored = self.module._parameters[self.view.name]
+        assert stored is not None
+        return self.view.dense(stored)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self.view.bias is None else self.view.bias_of(self.module._parameters[self.view.bias])
+
+
+class Plan:
+    """The steps of one module, in the order of the active adapters and their methods."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.weights: dict[str, list[WeightDelta]] = {}  # parameter name -> deltas, first applied first
+        self.linear: list[tuple[WeightDelta, Host]] = []  # the fast path, empty where there is none
+        self.capture: list[Delta] = []  # deltas elsewhere that want this module's input
+        self.enter: list[Delta] = []
+        self.forward: list[tuple[Delta, int]] = []  # delta, width of the site
+        self.attend: list[Delta] = []
+        self.around: list[Delta] = []
+        self.channels_first = _channels_first(module)
+
+    def compile(self, module: nn.Module) -> None:
+        """Choose the fast path, once every delta is known."""
+        deltas = [d for chain in self.weights.values() for d in chain]
+        distinct = list(dict.fromkeys(deltas))
+        fast = all(d.view.linear and d.overrides("linear") for d in distinct)
+        if distinct and fast and (all(d.additive for d in distinct) or _disjoint(distinct)):
+            self.linear = [(d, Host(module, d.view)) for d in distinct]
+
+    def run(self, base: Callable[..., Any], runtime: Runtime, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the module returns in this pass."""
+        call = partial(self._inner, base, runtime)
+        for delta in self.around:
+            call = partial(delta.around, call)
+        return call(*args, **kwargs)
+
+    def _inner(self, base: Callable[..., Any], runtime: Runtime, *args: Any, **kwargs: Any) -> Any:
+        x = None
+        if self.capture or self.enter or self.forward:
+            x = first_tensor(args, kwargs)
+            for delta in self.capture:
+                runtime.state[delta] = self._last(x)
+            if self.enter:
+                edited = self._last(x)
+                for delta in self.enter:
+                    edited = delta.enter(edited)
+                args, kwargs = replace_first(args, kwargs, x, self._stored(edited))
+        out = self._product(base, args, kwargs) if self.linear else base(*args, **kwargs)
+        return self._edit(out, x, runtime) if self.forward else out
+
+    def _product(self, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        call: Callable[[Tensor], Tensor] = base
+        for delta, host in self.linear:
+            call = (
+                partial(_on_rows, delta, call, host) if delta.view.rows else partial(delta.linear, base=call, host=host)
+            )
+        return call(*args, *kwargs.values())
+
+    def _edit(self, out: Any, x: Any, runtime: Runtime) -> Any:
+        y = first_output(out)
+        y0 = y
+        for delta, _ in self.forward:
+            read = runtime.state.pop(delta, None) if delta.source != "input" else self._last(x)
+            if read is None:
+                raise GraftError(
+                    f"the {delta.source} of {delta.key}",
+                    "it was not computed before the site's output in this pass",
+                    "this block has another order (post-norm?); choose another position or another `at`",
+                )
+            y = self._stored(delta.forward(read, self._last(y)))
+        return y if out is y0 else replace_output(out, y)
+
+    def _last(self, t: Any) -> Any:
+        return t.movedim(1, -1) if self.channels_first and t.dim() > 2 else t
+
+    def _stored(self, t: Tensor) -> Tensor:
+        return t.movedim(-1, 1) if self.channels_first and t.dim() > 2 else t
+
+
+def _on_rows(delta: WeightDelta, base: Callable[[Tensor], Tensor], host: Host, x: Tensor) -> Tensor:
+    """The fast path on a slice of the host's output (q inside a packed qkv)."""
+    y = base(x)
+    a, b = delta.view.rows or (0, y.shape[-1])
+    part = y[..., a:b]
+    new = delta.linear(x, lambda _: part, host)
+    # what was not written in place may have kept `part` for the backward pass: y must stay as it is
+    return y if new is part else torch.cat([y[..., :a], new, y[..., b:]], dim=-1)
+
+
+def _disjoint(deltas: list[WeightDelta]) -> bool:
+    """Whether no two of the deltas touch the same rows of the host's weight, so that the order does not matter."""
+    spans = sorted(d.view.rows or (0, d.view.stored[0]) for d in deltas if d.view.rows or len(deltas) == 1)
+    return len(spans) == len(deltas) and all(a[1] <= b[0] for a, b in pairwise(spans))
+
+
+def _channels_first(module: nn.Module) -> bool:
+    """Whether the module's activations are [batch, channels, *space]."""
+    if isinstance(module, nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm | nn.GroupNorm):
+        return True
+    leaves = [m for m in module.modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear | nn.LayerNorm)]
+    return bool(leaves) and all(isinstance(m, nn.modules.conv._ConvNd) for m in leaves)
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The module's main input: its first tensor, positional ones first."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value
+    raise GraftError("the input of a grafted module", "no tensor among its arguments", "graft another site")
+
+
+def replace_first(
+    args: tuple[Any, ...], kwargs: dict[str, Any], old: Tensor, new: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with the main input replaced."""
+    return tuple(new if a is old else a for a in args), {k: new if v is old else v for k, v in kwargs.items()}
+
+
+def first_output(out: Any) -> Tensor:
+    """The module's main output: itself, or the first of a tuple or of a mapping (a transformers ModelOutput)."""
+    if isinstance(out, Tensor):
+        return out
+    first = next(iter(out.values())) if hasattr(out, "values") else out[0]
+    if not isinstance(first, Tensor):
+        raise GraftError(
+            "the output of a grafted module", f"its first value is {type(first).__name__}", "graft another site"
+        )
+    return first
+
+
+def replace_output(out: Any, new: Tensor) -> Any:
+    """The same container with its first value replaced."""
+    if hasattr(out, "values"):
+        out[next(iter(out))] = new
+        return out
+    if hasattr(out, "_replace"):  # a named tuple
+        return out._replace(**{out._fields[0]: new})
+    return type(out)([new, *out[1:]])

@@ -1,0 +1,81 @@
+"""The graft of the model itself: the registry of its adapters, what is active, and what was before."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Adapter
+from .errors import GraftError
+from .grafted import Graft
+from .passes import Clock, Runtime
+
+
+class Root(Graft):
+    """The graft of the model itself: the registry of its adapters and what is active."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        super().__init__(runtime)
+        self.is_root = True
+        self.adapters: dict[str, Adapter] = {}
+        self.active: tuple[str, ...] = ()
+        self.expression: str | None = None
+        self.armed: list[nn.Module] = []
+        self.thawed: list[str] = []  # names of parameters that were trainable before the first graft
+        self.kept: list[
+            tuple[nn.Module, str, nn.Parameter | None]
+        ] = []  # (module, parameter name, its value before merging)
+        self.merged: str | None = None
+        self.clock = Clock()
+        self.checked = False  # a whole pass has shown which of the active plans are reached
+        self.statistics: set[str] = set()  # paths of modules with running statistics, which stay the backbone's
+        self.own_labels: tuple[dict[int, str], dict[str, int], int | None] | None = None
+
+    def begin(self, training: bool, mask: Tensor | None) -> None:
+        super().begin(training, mask)
+        if training and not torch.compiler.is_compiling():
+            self.clock.tick()
+
+    def run(self, module: nn.Module, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = super().run(module, base, args, kwargs)
+        if not self.checked and not torch.compiler.is_compiling():
+            self.checked = True
+            self._check_reached()
+        return out
+
+    def _check_reached(self) -> None:
+        """Warn where the pass never called a module whose activations are adapted: its weight may be read, but not its output."""
+        plans = [(g, g.plan) for m in self.armed if isinstance(g := graft_in(m), Graft) and g.plan is not None]
+        missed = [
+            d for g, plan in plans if not g.reached for d in [f[0] for f in plan.forward] + plan.attend + plan.around
+        ]
+        if missed:
+            warnings.warn(
+                f"{len(missed)} deltas had no effect in this pass, {missed[0].key} first: the model never calls that module "
+                "(it may read its weight). Choose another `at`, or a method of weights such as lora",
+                stacklevel=2,
+            )
+
+
+def root_of(model: nn.Module) -> Root:
+    """The registry of a grafted model. GraftError where nothing is grafted."""
+    found = graft_in(model)
+    if not isinstance(found, Root):
+        raise GraftError(
+            f"the adapters of {type(model).__name__}", "nothing is grafted on it", "call gw.graft or gw.load first"
+        )
+    return found
+
+
+def is_grafted(model: nn.Module) -> bool:
+    """Whether the model carries adapters."""
+    return isinstance(graft_in(model), Root)
+
+
+def graft_in(module: nn.Module) -> object:
+    """What a module holds under the name "graft": its child of that name, or a loose one, or None."""
+    return module._modules.get("graft", module.__dict__.get("graft"))

@@ -1,0 +1,72 @@
+"""Full: a whole module trained, stored as its values. Task heads, norms, or anything else that is small enough."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from graftwork.core.adapter import Part
+from graftwork.core.delta import WeightDelta
+from graftwork.core.errors import GraftError
+from graftwork.core.fields import positive, where
+from graftwork.core.initial import kaiming_uniform, parameter, values, zeros
+from graftwork.core.method import Method, method
+from graftwork.core.site import Site
+
+
+@method("full")
+@dataclass(frozen=True)
+class Full(Method):
+    """P' = V for every parameter P of the module, V initialised at P.  Identity at init; mergeable.
+
+    outputs: number of rows of the last module's weight and bias (a head of its own size: fresh rows, kaiming-uniform,
+        bias zero); None keeps the backbone's.
+    Parameters: all of the module's.  The backbone's own values stay untouched, so several heads live on one backbone.
+    """
+
+    outputs: int | None = positive(None)
+    at: str = where("head")
+
+    mergeable = True
+
+    def build(self, site: Site, part: Part) -> Values | None:
+        if site.rows is not None:
+            raise GraftError(f"{self} at {site.key}", "a slice of a packed weight", "choose the whole weight (qkv)")
+        owned = {name: p for name, p in site.module._parameters.items() if p is not None}
+        if not owned:
+            return None
+        outputs = self.outputs if site is part.sites[-1] else None
+        return Values(owned, outputs)
+
+    def count(self, site: Site) -> int:
+        return sum(p.numel() for p in site.module._parameters.values() if p is not None)
+
+
+class Values(WeightDelta):
+    """`values`: one parameter per parameter of the host, of the same name."""
+
+    def __init__(self, owned: Mapping[str, Tensor], outputs: int | None) -> None:
+        super().__init__()
+        self.values = nn.ParameterDict()
+        for name, p in owned.items():
+            if outputs is None or outputs == p.shape[0]:
+                self.values[name] = parameter(tuple(p.shape), values(p), p)
+            else:
+                shape = (outputs, *p.shape[1:])
+                self.values[name] = parameter(shape, kaiming_uniform() if p.dim() > 1 else zeros, p)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.values.keys())
+
+    def adapted(self, name: str, stored: Tensor | None) -> Tensor | None:
+        return self.values[name]
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take stored values; a head may have another number of rows than the backbone's."""
+        for name in list(self.values):
+            new, old = tensors.get(f"values.{name}"), self.values[name]
+            if new is not None and new.shape != old.shape and new.shape[1:] == old.shape[1:]:
+                self.values[name] = nn.Parameter(old.detach().new_empty(new.shape))
+        super().restore(tensors)

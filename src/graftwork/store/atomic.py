@@ -1,0 +1,124 @@
+"""Writing a folder of files so that a reader finds the old adapter or the new one, whole, whatever happens meanwhile.
+
+adapter.json names its tensors by their SHA-256. A save writes everything under hidden names first and then renames; at
+every moment the tensors that adapter.json speaks of are there, under their own name or under a hidden one made of the
+hash, where a reader looks next. A failure renames the old files back; after a kill the folder reads as one of both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..core.errors import GraftError
+
+TENSORS, DESCRIPTION, CARD = "adapter.safetensors", "adapter.json", "README.md"
+HIDDEN = ".graftwork-"
+
+
+def hidden_tensors(folder: Path, digest: str) -> Path:
+    """Where the tensors of this hash are while a save is under way."""
+    return folder / f"{HIDDEN}{digest[:16]}.safetensors"
+
+
+def write_adapter(folder: Path, tensors: bytes, digest: str, description: str, card: str) -> None:
+    """Write or replace the three files. GraftError for a folder or disk that refuses; all is then as it was."""
+    made: list[Path] = []
+    try:
+        for path in reversed([p for p in (folder, *folder.parents) if not p.exists()]):
+            path.mkdir(exist_ok=True)
+            made.append(path)
+        _replace(folder, tensors, digest, description, card)
+    except BaseException as error:
+        for path in reversed(made):  # innermost first; one that others have written into meanwhile stays
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        if isinstance(error, OSError):
+            raise GraftError(
+                f"save into {str(folder)!r}",
+                f"{error.strerror or error}",
+                "free space there, or choose a folder that can be written",
+            ) from error
+        raise
+
+
+def _replace(folder: Path, tensors: bytes, digest: str, description: str, card: str) -> None:
+    drafts = {
+        DESCRIPTION: folder / f"{HIDDEN}json",
+        TENSORS: hidden_tensors(folder, digest),
+        CARD: folder / f"{HIDDEN}md",
+    }
+    settled = True
+    try:
+        for draft, data in zip(drafts.values(), (description.encode(), tensors, card.encode()), strict=True):
+            _write(draft, data)
+        before = {folder / name: _second_name(folder, name, drafts.values()) for name in drafts}
+        _sync(folder)
+        settled = False
+        try:
+            for name, draft in drafts.items():
+                os.replace(draft, folder / name)
+            _sync(folder)
+        except BaseException:
+            for place, old in before.items():
+                if old is not None and old.exists():
+                    os.replace(old, place)
+                elif old is None:
+                    place.unlink(missing_ok=True)
+            settled = True
+            raise
+        settled = True
+    finally:
+        if settled:  # otherwise a hidden file may be the one that adapter.json speaks of
+            for path in folder.glob(f"{HIDDEN}*"):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+
+def _second_name(folder: Path, name: str, taken: Iterable[Path]) -> Path | None:
+    """Give an old file a hidden name beside its own; None where there is no old file."""
+    place, second = folder / name, folder / f"{HIDDEN}old-{name}"
+    if not place.exists():
+        return None
+    if name == TENSORS and (old := _digest(folder)):
+        second = hidden_tensors(folder, old)
+        if second in taken:  # the new tensors are the same
+            return second
+    second.unlink(missing_ok=True)
+    try:
+        os.link(place, second)
+    except OSError:  # a file system without links
+        shutil.copyfile(place, second)
+    return second
+
+
+def _digest(folder: Path) -> str:
+    """The hash that the old adapter.json gives; the empty text where it gives none."""
+    try:
+        text = (folder / DESCRIPTION).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
+    found = re.search(r'"sha256": "([0-9a-f]{64})"', text)
+    return found[1] if found else ""
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write and flush one new file."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Flush a folder's entries, where the system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,64 @@
+"""README.md of a saved adapter: what a person wants to know before using it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from ..core.adapter import Adapter
+
+
+def card(adapter: Adapter, description: dict[str, Any]) -> str:
+    """The model card, as Markdown."""
+    backbone, metadata = description["backbone"], description["metadata"]
+    of = backbone["name"] or backbone["class"]
+    kind = f" ({backbone['class']})" if backbone["name"] else ""
+    size = f"{backbone['parameters']:,}"
+    percent = 100 * description["parameters"] / max(backbone["parameters"], 1)
+    lines = [
+        "---",
+        "library_name: graftwork",
+        *([f"base_model: {backbone['name']}"] if backbone["name"] else []),
+        "---",
+        "",
+        f"# {adapter.name}",
+        "",
+        f"An adapter for {of}{kind}, made with graftwork: {description['parameters']:,} trained parameters, "
+        f"{percent:.3f}% of the backbone's {size} (its heads and poolers not counted).",
+        "",
+        "| method | sites | parameters |",
+        "| --- | --- | ---: |",
+    ]
+    for part in adapter.parts:
+        roles = Counter((site.tower + " " if site.tower else "") + site.role for site in part.sites)
+        where = ", ".join(f"{n} {role}" for role, n in roles.items())
+        lines.append(f"| `{_cell(part.method)}` | {where} | {part.num_parameters:,} |")
+    if adapter.labels:
+        lines += ["", f"Labels: {', '.join(map(_cell, adapter.labels))}."]
+    for key, value in metadata.items():
+        lines += ["", f"## {key}", "", *_told(value)]
+    lines += [
+        "",
+        "## Use",
+        "",
+        "```python",
+        "import graftwork as gw",
+        "",
+        "gw.load(model, folder)  # model: the backbone above; folder: where this file lies",
+        "```",
+        "",
+        "Made with " + ", ".join(f"{name} {version}" for name, version in description["versions"].items()) + ".",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _told(value: Any) -> list[str]:
+    if isinstance(value, dict) and value:
+        return ["| | |", "| --- | --- |", *(f"| {_cell(k)} | {_cell(v)} |" for k, v in value.items())]
+    return [_cell(value)]
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")

@@ -1,0 +1,49 @@
+"""Every registered method goes through the main job: trained, opened again, and resumed to the same bits."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+import graftwork.train.run  # noqa: F401  (registers all methods)
+from graftwork.core.method import REGISTRY
+from graftwork.train import DataSettings, FitSettings, TrainSettings, open_trained, train
+
+DECODERS = {"llama_adapter"}  # the others sit on any backbone
+FIT = FitSettings(steps=8, batch=8, lr=5e-3, evaluate_every=4, keep_checkpoints=True)
+
+
+def text(name: str) -> str:
+    """The method with its defaults; a combinator around a bottleneck, which has nothing special about it."""
+    if name == "prompt":
+        return "prompt(length=4)"  # its 100 tokens are more than the tiny model's 64 positions
+    needs = [f.name for f in dataclasses.fields(REGISTRY[name]) if f.default is dataclasses.MISSING]
+    return f"{name}({', '.join(f'{option}=bottleneck(reduction=4)' for option in needs)})"
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_a_method_is_trained_opened_and_resumed(name: str, backbones: Callable[[str], Path], tmp_path: Path) -> None:
+    decoder = name in DECODERS
+    data = tiny.write_csv(tmp_path / "rows.csv", tiny.alphabets(80) if decoder else tiny.feelings(80))
+    backbone, out = backbones("llama" if decoder else "bert"), tmp_path / "out"
+    job = TrainSettings(str(backbone), str(out), DataSettings(str(data)), text(name), name="it", fit=FIT)
+    trained = train(job)
+    whole = load_file(out / "adapter.safetensors")
+    again = open_trained(out)
+    assert again.adapter.methods[0].name == name and again.adapter.num_parameters <= trained.parameters
+    assert len(again.predict([{"text": "a b c"}], max_new_tokens=2)) == 1
+    shutil.rmtree(out / "checkpoints" / "checkpoint-8")
+    for file in ("adapter.json", "adapter.safetensors", "README.md"):
+        (out / file).unlink()
+    train(replace(job, resume=True))
+    resumed = load_file(out / "adapter.safetensors")
+    assert resumed.keys() == whole.keys()
+    assert [key for key in whole if not torch.equal(resumed[key], whole[key])] == []
