@@ -328,3 +328,13 @@ def test_an_activation_adapter_on_a_module_that_is_never_called_warns() -> None:
         warnings.simplefilter("error")
         for _ in range(3):
             model(x)
+
+
+def test_a_weight_that_changed_its_size_under_an_adapter_says_so() -> None:
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3))
+    gw.graft(model, gw.LoRA(r=2, at="/0/"), head=False)
+    model[0].weight.data = torch.ones(9, 4)  # what resize_token_embeddings does
+    with pytest.raises(GraftError, match=r"\[9, 4\] now, \[7, 4\] when it was grafted"):
+        model(torch.tensor([1]))
+    gw.remove(model, "default")
+    assert model(torch.tensor([8])).shape == (1, 3)

@@ -124,6 +124,12 @@ class WeightDelta(Delta):
     def adapted(self, name: str, stored: Tensor | None) -> Tensor | None:
         """The host's parameter `name` in its stored layout, adapted."""
         if name == self.view.name and stored is not None:
+            if stored.shape != self.view.stored:
+                raise GraftError(
+                    f"the weight {name!r} of {self.key}",
+                    f"{list(stored.shape)} now, {list(self.view.stored)} when it was grafted",
+                    "change the size (resize_token_embeddings) before grafting, or remove the adapter first",
+                )
             return self.view.restore(stored, self.weight(self.view.dense(stored)))
         return self.view.restore_bias(stored, self.bias(self.view.bias_of(stored)))
 

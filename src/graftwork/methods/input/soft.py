@@ -60,6 +60,12 @@ class SoftPrompt(Delta):
                 given["input_ids"] = insert(x, at, x.new_full((x.shape[0], p), self.filler))
                 self.runtime.state[self, "at"] = at
             out = base(**given)
+        except IndexError as error:
+            raise GraftError(
+                f"a prompt of {p} rows before {x.shape[1]} tokens",
+                f"the backbone looked up a position it does not have ({error})",
+                "use a shorter prompt or shorter inputs: the model's own positions hold both",
+            ) from error
         finally:
             self.runtime.mask = before
         return out if self.feeds else shortened(out, at, p, self._pooler[0])
