@@ -31,7 +31,7 @@ class SoftPrompt(Delta):
         self.length, self.behind = method.length, method.behind
         self.names, self.feeds = list(inspect.signature(site.module.forward).parameters), feeds
         self.filler = filler(site.module)
-        self._pooler = (getattr(site.module, "pooler", None),)
+        self._module = (site.module,)  # in a tuple: it is the backbone's, not a part of the delta
 
     def around(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(self.names, args, strict=False)) | kwargs
@@ -60,15 +60,18 @@ class SoftPrompt(Delta):
                 given["input_ids"] = insert(x, at, x.new_full((x.shape[0], p), self.filler))
                 self.runtime.state[self, "at"] = at
             out = base(**given)
-        except IndexError as error:
+        except (IndexError, RuntimeError) as error:
+            limit = getattr(getattr(self._module[0], "config", None), "max_position_embeddings", None)
+            if limit is None or p + x.shape[1] <= limit:
+                raise
             raise GraftError(
-                f"a prompt of {p} rows before {x.shape[1]} tokens",
-                f"the backbone looked up a position it does not have ({error})",
-                "use a shorter prompt or shorter inputs: the model's own positions hold both",
+                f"a prompt of {p} rows and {x.shape[1]} tokens",
+                f"the backbone has {limit} positions ({error})",
+                "use a shorter prompt or shorter inputs",
             ) from error
         finally:
             self.runtime.mask = before
-        return out if self.feeds else shortened(out, at, p, self._pooler[0])
+        return out if self.feeds else shortened(out, at, p, getattr(self._module[0], "pooler", None))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         at = self.runtime.state.pop((self, "at"), None)
