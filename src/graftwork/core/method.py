@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -130,7 +131,7 @@ def preset(name: str) -> Callable[[P], P]:
                 made[0] = dataclasses.replace(made[0], at=at)
             return made if layers is None else [dataclasses.replace(m, layers=layers) for m in made]
 
-        explaining = _explaining(placed, [*make.__annotations__, "at", "layers"])
+        explaining = _explaining(placed, [*inspect.signature(make).parameters, "at", "layers"])
         PRESETS[name] = explaining
         return explaining  # type: ignore[return-value,no-any-return]
 
@@ -159,7 +160,7 @@ def _explaining(call: Callable[..., Any], known: list[str]) -> Any:
                 raise GraftError(
                     f"{owner}({word}={given[word]!r})",
                     f"no hyper-parameter {word!r}{nearest(word, known)}",
-                    f"it has {', '.join(k for k in known if k != 'return')}",
+                    f"it has {', '.join(known)}",
                 )
         return call(*args, **given)
 
