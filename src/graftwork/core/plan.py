@@ -5,10 +5,11 @@ No adapter name is looked up here and no expression is walked; a module without 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +17,28 @@ from torch import Tensor, nn
 from .delta import Delta, WeightDelta
 from .errors import GraftError
 from .passes import Runtime
-
-if TYPE_CHECKING:
-    from .weight import Weight
+from .weight import Weight, is_conv1d
 
 
 class Host:
-    """What a fast path may ask about its host: the dense weight [out, in] and the bias [out] it was called with."""
+    """What a fast path may ask about its host: the dense weight [out, in] and the bias [out] it was called with.
 
-    def __init__(self, module: nn.Module, view: Weight) -> None:
+    direct: what the fast path gets as its base is the host's own product x W^T + b, and not another delta's.
+    """
+
+    def __init__(self, module: nn.Module, view: Weight, first: bool) -> None:
         self.module, self.view = module, view
+        own = inspect.unwrap(type(module).forward)  # that of the class before it was grafted
+        self.direct = first and not view.rows and (own is nn.Linear.forward or is_conv1d(module))
+
+    @property
+    def frozen_product(self) -> bool:
+        """Whether the base is x W^T + b of plain tensors that take no gradient: it can be computed elsewhere."""
+        if not self.direct:
+            return False
+        weight = self.module._parameters[self.view.name]
+        bias = None if self.view.bias is None else self.module._parameters[self.view.bias]
+        return type(weight) is nn.Parameter and not weight.requires_grad and (bias is None or not bias.requires_grad)
 
     @property
     def weight(self) -> Tensor:
@@ -57,7 +70,7 @@ class Plan:
         distinct = list(dict.fromkeys(deltas))
         fast = all(d.view.linear and d.overrides("linear") for d in distinct)
         if distinct and fast and (all(d.additive for d in distinct) or _disjoint(distinct)):
-            self.linear = [(d, Host(module, d.view)) for d in distinct]
+            self.linear = [(d, Host(module, d.view, first=i == 0)) for i, d in enumerate(distinct)]
 
     def run(self, base: Callable[..., Any], runtime: Runtime, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the module returns in this pass."""

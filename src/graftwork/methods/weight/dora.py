@@ -17,6 +17,7 @@ from graftwork.core.adapter import Part
 from graftwork.core.delta import WeightDelta
 from graftwork.core.fields import flag, fraction, number, positive, where
 from graftwork.core.initial import kaiming_uniform, normal, values, zeros
+from graftwork.core.lowrank import low_rank
 from graftwork.core.method import Method, method
 from graftwork.core.plan import Host
 from graftwork.core.site import Site
@@ -93,12 +94,13 @@ class Decomposed(WeightDelta):
         return self.gain(w)[..., None] * (w + self.scale * (self.up @ self.down))
 
     def linear(self, x: Tensor, base: Callable[[Tensor], Tensor], host: Host) -> Tensor:
-        y, w = base(x), host.weight
-        if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
-            plain = F.linear(x, w)
-        else:
-            plain = y if host.bias is None else y - host.bias
+        w = host.weight
         g = self.gain(w)
-        out = torch.addcmul(y, plain, (g - 1).to(y.dtype))
-        return out.addcmul_(F.linear(F.linear(x, self.down), self.up), (self.scale * g).to(y.dtype))
+        if self.dropout and self.training:
+            y, x = base(x), F.dropout(x, self.dropout)
+            out = torch.addcmul(y, F.linear(x, w), (g - 1).to(y.dtype))
+            return out.addcmul_(F.linear(F.linear(x, self.down), self.up), (self.scale * g).to(y.dtype))
+        v = low_rank(x, base, host, self.down, self.up, self.scale)  # x V^T + b
+        if host.bias is None:
+            return v * g.to(v.dtype)
+        return torch.addcmul(host.bias * (1 - g).to(v.dtype), v, g.to(v.dtype))

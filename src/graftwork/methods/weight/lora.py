@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from graftwork.core.adapter import Part
 from graftwork.core.delta import WeightDelta
 from graftwork.core.fields import flag, fraction, number, positive, where
 from graftwork.core.initial import kaiming_uniform, normal, zeros
+from graftwork.core.lowrank import low_rank
 from graftwork.core.method import Method, method
 from graftwork.core.plan import Host
 from graftwork.core.site import Site
@@ -71,5 +71,4 @@ class LowRank(WeightDelta):
         return self.down, self.scale * self.up
 
     def linear(self, x: Tensor, base: Callable[[Tensor], Tensor], host: Host) -> Tensor:
-        thin = F.linear(F.dropout(x, self.dropout, self.training) if self.dropout else x, self.down)
-        return base(x).add_(F.linear(thin, self.up), alpha=self.scale)
+        return low_rank(x, base, host, self.down, self.up, self.scale, self.dropout if self.training else 0.0)
