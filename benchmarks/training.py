@@ -4,7 +4,7 @@ The frozen bound is the least that training anything below the first block costs
 frozen, one trained number added to the embeddings. A step is forward, loss, backward; the optimiser is left out.
 graftwork, the peer and the bound take turns in one process; a ratio is the median over rounds.
 
-Run: python benchmarks/training.py [--model llama|bert] [--rounds N] [--only lora,dora] [--memory]
+Run: python benchmarks/training.py [--model llama|bert] [--rounds N] [--only "lora;dora"] [--no-peer]
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from measure import bert_like, interleaved, llama_like, peak_bytes, ratio
+from measure import bert_like, interleaved, llama_like, peak_bytes, ratio, steady_allocator
 from torch import Tensor, nn
 
 import graftwork as gw
@@ -60,7 +60,7 @@ def cases(model: str) -> dict[str, Case]:
         ),
         "vera": Case(gw.VeRA(r=256, at=every), lambda: peft.VeraConfig(r=256, target_modules=linears), 1.30),
         "ia3": Case(gw.IA3(), lambda: peft.IA3Config(target_modules=inner, feedforward_modules=down), 1.04),
-        "bitfit": Case(gw.BitFit(), None, 1.04),
+        "bitfit": Case(gw.BitFit(at="linear", add_missing=True), None, 1.04),
         "loreft": Case(gw.LoReFT(r=4), None, 1.04),
         "prefix": Case(
             gw.Prefix(length=10), lambda: peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=10), 1.04
@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="names of cases, joined by ; (default: all)")
     parser.add_argument("--no-peer", action="store_true", help="measure graftwork alone")
     given = parser.parse_args()
+    steady_allocator()
     make = llama_like if given.model == "llama" else bert_like
     rows, seq = (8, 128) if given.model == "llama" else (32, 64)
     torch.manual_seed(1)

@@ -13,7 +13,7 @@ _HOME = {
     "core.algebra": "A parse",
     "core.anatomy": "anatomy",
     "core.errors": "GraftError",
-    "core.graft": "graft activate active using remove adapters step auxiliary_loss calibrate context",
+    "core.graft": "keep_weights graft activate active using remove adapters step auxiliary_loss calibrate context",
     "core.merge": "merge unmerge forget",
     "core.method": "Method method preset",
     "core.summary": "summary",

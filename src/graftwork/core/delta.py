@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -90,9 +90,11 @@ class WeightDelta(Delta):
     weight(W [*batch, out, in]) -> W', and, where it changes the bias, bias(b) -> b' (b is None where the host has none).
     linear(x, base, host) -> y is the fast path on a host that computes y = x W^T + b: it calls base(x) once and must agree with `weight`.
     additive: W' - W does not depend on W, so that fast paths of several deltas can be chained.
+    lasting: W' depends on W and on the tensors of `sources` alone, so that it may be kept from one pass to the next.
     """
 
     additive: bool = False
+    lasting: bool = False
     view: Weight  # set when the delta is attached
 
     def weight(self, w: Tensor) -> Tensor:
@@ -113,6 +115,17 @@ class WeightDelta(Delta):
         Dropout of the input of `down` is the delta's attribute `dropout`.
         """
         return None
+
+    def work(self) -> int:
+        """Multiply-adds of `linear` beyond the host's product, for one position; what it does once a call included.
+
+        Where that is dear, inference keeps W' instead. Thin updates say 0: many adapters of them fit beside one backbone.
+        """
+        return 0
+
+    def sources(self) -> Iterator[nn.Module]:
+        """The modules whose tensors make W': itself, and what it shares with other sites."""
+        yield self
 
     def names(self) -> tuple[str, ...]:
         """Names of the host's parameters that this delta re-parameterises."""

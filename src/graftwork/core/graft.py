@@ -178,6 +178,22 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     return dict(install.root_of(model).adapters) if install.is_grafted(model) else {}
 
 
+def keep_weights(model: nn.Module, on: bool = True) -> None:
+    """Whether inference (evaluation, no gradients) keeps adapted weights that are dear to make; it does unless told otherwise.
+
+    Kept are W' of DoRA, VeRA and of every weight method on a convolution, an embedding or a packed projection: at most one
+    copy of the weights that the active adapters change. LoRA on linear layers keeps nothing. They are made again when a
+    tensor they are made of changes, and freed by a training pass, by activating something else, and by on=False.
+    A write through `.data` that keeps the memory does not count as a change: activate the adapter again after it.
+    """
+    root = install.root_of(model)
+    root.runtime.keeps_weights = on
+    if not on:
+        for module in root.armed:
+            if module.graft.plan is not None:  # type: ignore[union-attr]
+                module.graft.plan.drop_kept()  # type: ignore[union-attr, operator]
+
+
 def find(model: nn.Module, name: str) -> Adapter:
     """The adapter of this name."""
     known = adapters(model)

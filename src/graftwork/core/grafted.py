@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -67,10 +68,11 @@ class Graft(nn.Module):
             self.reached = True
             if plan.attend:
                 return self._attend(module, plan, base, args, kwargs)
+            thin = bool(plan.linear) and not self._keeping(module, plan)
             before = self.cache, self.plain
-            self.cache, self.plain = {}, bool(plan.linear)
+            self.cache, self.plain = {}, thin
             try:
-                return plan.run(base, runtime, args, kwargs)
+                return plan.run(base, runtime, thin, args, kwargs)
             finally:
                 self.cache, self.plain = before
         finally:
@@ -88,9 +90,18 @@ class Graft(nn.Module):
         self.cache, self.attending = {}, uses_interface(module)
         try:
             with intercept(module, plan.attend):
-                return plan.run(base, self.runtime, args, kwargs)
+                return plan.run(base, self.runtime, False, args, kwargs)
         finally:
             self.cache, self.attending = None, False
+
+    def _keeping(self, module: nn.Module, plan: Plan) -> bool:
+        """Whether this pass uses weights that are kept between passes; one that trains frees them."""
+        if not plan.keeps or torch.compiler.is_compiling():
+            return False
+        if self.runtime.keeps_weights and not torch.is_grad_enabled() and not module.training:
+            return True
+        plan.drop_kept()
+        return False
 
     def read(self, module: nn.Module, name: str) -> Tensor | None:
         """The value of the host's parameter `name`: adapted inside a pass, plain outside of one."""
@@ -100,9 +111,7 @@ class Graft(nn.Module):
             return stored
         if self.cache is not None and name in self.cache:
             return self.cache[name]
-        value: Tensor | None = stored
-        for delta in plan.weights[name]:
-            value = delta.adapted(name, value)
+        value = plan.kept(module, name) if self._keeping(module, plan) else plan.adapted(module, name)
         if self.cache is not None:
             self.cache[name] = value
         return value

@@ -68,12 +68,12 @@ class LowRankProduct(torch.autograd.Function):
         if dropout:
             keep, share = keep_mask(flat, dropout)
             scale = scale / share
-        y = F.linear(flat, weight, bias)
+        y = F.linear(x, weight, bias)
         thin = down @ (flat if keep is None else torch.where(keep, flat, 0)).t()  # [r, N]
-        y.addmm_(thin.t(), up.t(), alpha=scale)
+        y.view(-1, y.shape[-1]).addmm_(thin.t(), up.t(), alpha=scale)
         ctx.save_for_backward(x, weight, down, up, thin, keep)
         ctx.scale = scale
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

@@ -19,6 +19,7 @@ class Runtime:
 
     depth: how many grafted calls are open;  state: what deltas hand to each other within a pass (cleared by the root's call);
     context: side information per batch or row, set by `gw.context`;  mask: the padding mask [batch, seq] of the pass, or None.
+    keeps_weights: inference passes keep adapted weights that are dear to make, set by `gw.keep_weights`.
     """
 
     def __init__(self) -> None:
@@ -26,10 +27,11 @@ class Runtime:
         self.state: dict[Any, Any] = {}
         self.context: dict[str, Any] = {}
         self.mask: Tensor | None = None
+        self.keeps_weights = True
 
     def __getstate__(self) -> dict[str, Any]:
         # a copied or pickled model starts outside any pass
-        return {"depth": 0, "state": {}, "context": self.context, "mask": None}
+        return {"depth": 0, "state": {}, "context": self.context, "mask": None, "keeps_weights": self.keeps_weights}
 
     @property
     def open(self) -> bool:

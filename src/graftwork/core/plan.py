@@ -6,7 +6,9 @@ No adapter name is looked up here and no expression is walked; a module without 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -51,6 +53,15 @@ class Host:
         return None if self.view.bias is None else self.view.bias_of(self.module._parameters[self.view.bias])
 
 
+@dataclass(frozen=True)
+class Kept:
+    """An adapted weight, and the tensors it was made of with their state then (held, so that no other gets their id)."""
+
+    state: list[tuple[int, int, int]]
+    made_of: list[Tensor]
+    value: Tensor | None
+
+
 class Plan:
     """The steps of one module, in the order of the active adapters and their methods."""
 
@@ -63,6 +74,12 @@ class Plan:
         self.attend: list[Delta] = []
         self.around: list[Delta] = []
         self.channels_first = _channels_first(module)
+        self.keeps = False  # adapted weights are kept from one inference pass to the next
+        self._kept: dict[str, Kept] = {}
+        self._sources: list[tuple[dict[str, Any], str]] = []  # where the tensors are that they are made of
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}}
 
     def compile(self, module: nn.Module) -> None:
         """Choose the fast path, once every delta is known."""
@@ -71,15 +88,45 @@ class Plan:
         fast = all(d.view.linear and d.overrides("linear") for d in distinct)
         if distinct and fast and (all(d.additive for d in distinct) or _disjoint(distinct)):
             self.linear = [(d, Host(module, d.view, first=i == 0)) for i, d in enumerate(distinct)]
+        dear = any(10 * d.work() > math.prod(d.view.shape[-2:]) for d in distinct)
+        self.keeps = bool(distinct) and all(d.lasting for d in distinct) and (dear or not self.linear)
+        if self.keeps:
+            homes = [module, *(m for d in distinct for source in d.sources() for m in source.modules())]
+            tables = [(m._parameters, m._buffers) for m in dict.fromkeys(homes)]
+            self._sources = [(t, name) for pair in tables for t in pair for name in t if t[name] is not None]
 
-    def run(self, base: Callable[..., Any], runtime: Runtime, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the module returns in this pass."""
-        call = partial(self._inner, base, runtime)
+    def adapted(self, module: nn.Module, name: str) -> Tensor | None:
+        """The module's parameter `name`, adapted."""
+        value = module._parameters[name]
+        for delta in self.weights[name]:
+            value = delta.adapted(name, value)  # type: ignore[assignment]
+        return value
+
+    def kept(self, module: nn.Module, name: str) -> Tensor | None:
+        """`adapted`, computed again only where a tensor it is made of was replaced or written to since."""
+        tensors = [table[key] for table, key in self._sources]
+        if any(t is None or t.is_inference() for t in tensors):  # these do not count how often they are written to
+            return self.adapted(module, name)
+        state = [(id(t), t._version, t.data_ptr()) for t in tensors]
+        found = self._kept.get(name)
+        if found is None or found.state != state:
+            found = self._kept[name] = Kept(state, tensors, self.adapted(module, name))
+        return found.value
+
+    def drop_kept(self) -> None:
+        """Free the kept weights."""
+        self._kept.clear()
+
+    def run(
+        self, base: Callable[..., Any], runtime: Runtime, thin: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """What the module returns in this pass. thin: by the fast path, where there is one."""
+        call = partial(self._inner, base, runtime, thin)
         for delta in self.around:
             call = partial(delta.around, call)
         return call(*args, **kwargs)
 
-    def _inner(self, base: Callable[..., Any], runtime: Runtime, *args: Any, **kwargs: Any) -> Any:
+    def _inner(self, base: Callable[..., Any], runtime: Runtime, thin: bool, *args: Any, **kwargs: Any) -> Any:
         x = None
         if self.capture or self.enter or self.forward:
             x = first_tensor(args, kwargs)
@@ -90,7 +137,7 @@ class Plan:
                 for delta in self.enter:
                     edited = delta.enter(edited)
                 args, kwargs = replace_first(args, kwargs, x, self._stored(edited))
-        out = self._product(base, args, kwargs) if self.linear else base(*args, **kwargs)
+        out = self._product(base, args, kwargs) if thin and self.linear else base(*args, **kwargs)
         return self._edit(out, x, runtime) if self.forward else out
 
     def _product(self, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -73,6 +73,7 @@ class Shift(WeightDelta):
     """shift: one difference per vector of the host, by the vector's name. Differences of several adapters add up."""
 
     additive = True
+    lasting = True
 
     def __init__(self, sizes: Mapping[str, int], site: Site) -> None:
         super().__init__()

@@ -90,6 +90,12 @@ class Decomposed(WeightDelta):
         """m / |V| [*batch, out]; exactly one at init, because |V| is rounded as m is."""
         return self.magnitude / self.norm(w).to(self.magnitude.dtype)
 
+    lasting = True
+
+    def work(self) -> int:
+        (*_, r, d_in), d_out = self.down.shape, self.up.shape[-2]
+        return r * (d_in + d_out + d_in * d_out)  # the last: the norm, once a call
+
     def weight(self, w: Tensor) -> Tensor:
         return self.gain(w)[..., None] * (w + self.scale * (self.up @ self.down))
 

@@ -52,6 +52,8 @@ def scales_input(site: Site) -> bool:
 class Rescale(WeightDelta):
     """scale = l [*batch, d]: of the rows of the dense weight and of the bias, or (input) of its columns."""
 
+    lasting = True
+
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.input = scales_input(site)

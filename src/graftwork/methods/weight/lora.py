@@ -56,6 +56,7 @@ class LowRank(WeightDelta):
     """down = A [*batch, r, in], up = B [*batch, out, r]."""
 
     additive = True
+    lasting = True
 
     def __init__(self, method: LoRA, site: Site) -> None:
         super().__init__()

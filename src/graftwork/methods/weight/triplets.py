@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftwork.core.delta import WeightDelta
 from graftwork.core.initial import normal, zeros
+from graftwork.core.lowrank import low_rank
 from graftwork.core.plan import Host
 from graftwork.core.weight import Weight
 
@@ -27,6 +27,7 @@ class Triplets(WeightDelta):
     """
 
     additive = True
+    lasting = True
     gone: Tensor
 
     def __init__(self, w: Weight, r: int, scale: float, dropout: float, share: float) -> None:
@@ -40,8 +41,8 @@ class Triplets(WeightDelta):
         return w + self.scale * ((self.up * self.values[..., None, :]) @ self.down)
 
     def linear(self, x: Tensor, base: Callable[[Tensor], Tensor], host: Host) -> Tensor:
-        thin = F.linear(F.dropout(x, self.dropout, self.training) if self.dropout else x, self.down)
-        return base(x).add_(F.linear(thin * self.values, self.up), alpha=self.scale)
+        dropout = self.dropout if self.training else 0.0
+        return low_rank(x, base, host, self.down, self.up * self.values, self.scale, dropout)
 
     def auxiliary_loss(self) -> Tensor | None:
         if not self.share:

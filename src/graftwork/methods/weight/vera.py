@@ -5,7 +5,7 @@ Kopiczko et al. 2023, "VeRA: Vector-based Random Matrix Adaptation", eq. 2.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -89,6 +89,14 @@ class Scaled(WeightDelta):
     def up(self) -> Tensor:
         """B [out, r] of this site."""
         return self._shared[0].up[: self.d_out]
+
+    lasting = True
+
+    def work(self) -> int:
+        return self.down_scale.shape[-1] * (self.d_in + self.d_out)
+
+    def sources(self) -> Iterator[nn.Module]:
+        yield from (self, self._shared[0])
 
     def weight(self, w: Tensor) -> Tensor:
         return w + self.up_scale[..., None] * ((self.up * self.down_scale[..., None, :]) @ self.down)

@@ -1,0 +1,140 @@
+"""The low-rank product against its plain formula: values, gradients, what is kept for the backward pass."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import graftwork as gw
+from graftwork.core.lowrank import LowRankProduct, keep_mask, low_rank
+
+SIZE = st.integers(1, 7)
+
+
+def tensors(n: int, d_in: int, d_out: int, r: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(n * 1000 + d_in * 100 + d_out * 10 + r)
+    shapes = [(n, d_in), (d_out, d_in), (d_out,), (r, d_in), (d_out, r)]
+    return [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+
+
+@given(SIZE, SIZE, SIZE, SIZE, st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_gradients_are_those_of_the_formula(n: int, d_in: int, d_out: int, r: int, biased: bool) -> None:
+    x, w, b, down, up = tensors(n, d_in, d_out, r)
+    x, down, up = (t.requires_grad_() for t in (x, down, up))
+    bias = b if biased else None
+
+    def product(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        return LowRankProduct.apply(x, w, bias, down, up, 1.7, 0.0)  # type: ignore[no-any-return]
+
+    def formula(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        return F.linear(x, w, bias) + 1.7 * x @ down.T @ up.T
+
+    torch.testing.assert_close(product(x, down, up), formula(x, down, up))
+    assert torch.autograd.gradcheck(product, (x, down, up))
+    assert torch.autograd.gradgradcheck(product, (x, down, up))
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.5, 0.9])
+def test_dropout_has_one_mask_in_both_directions(dropout: float) -> None:
+    x, w, b, down, up = tensors(6, 5, 4, 2)
+    x, down, up = (t.requires_grad_() for t in (x, down, up))
+    torch.manual_seed(3)
+    keep, share = keep_mask(x, dropout)
+    assert 0 < keep.sum() < keep.numel()
+    expected = F.linear(x, w, b) + 0.7 * (x * keep / share) @ down.T @ up.T
+    torch.manual_seed(3)
+    out = LowRankProduct.apply(x, w, b, down, up, 0.7, dropout)
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(out)
+    for ours, theirs in zip(*(torch.autograd.grad(y, (x, down, up), grad) for y in (out, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dropout", [0.05, 0.1, 0.3])
+def test_dropout_keeps_with_its_probability(dropout: float) -> None:
+    torch.manual_seed(0)
+    like = torch.empty(2000, 1001)
+    keep, share = keep_mask(like, dropout)
+    assert abs(share - (1 - dropout)) < 1e-5
+    spread = (dropout * (1 - dropout) / like.numel()) ** 0.5
+    assert abs(keep.double().mean() - share) < 5 * spread
+    other, _ = keep_mask(like, dropout)
+    together = (keep & other).double().mean()  # independent draws
+    assert abs(together - share**2) < 5 * (share**2 * (1 - share**2) / like.numel()) ** 0.5
+    beside = (keep[:, 1:] & keep[:, :-1]).double().mean()  # independent neighbours
+    assert abs(beside - share**2) < 8 * (share**2 * (1 - share**2) / like.numel()) ** 0.5
+
+
+def saved(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """What the forward pass keeps for the backward pass, without parameters, each storage once."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in own:
+            kept.setdefault(t.untyped_storage().data_ptr(), t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(x).sum()
+    return list(kept.values())
+
+
+@pytest.mark.parametrize(("dropout", "bytes_each"), [(0.0, 0), (0.1, 1)])
+def test_kept_for_backward_is_the_input_once_and_nothing_else_of_its_size(dropout: float, bytes_each: int) -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(32, 48) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.q(x) + self.k(x) + self.v(x)
+
+    model = Shared()
+    gw.graft(model, gw.LoRA(r=2, dropout=dropout, at="/./"), head=False)
+    model.train()
+    x = torch.randn(4, 10, 32, requires_grad=True)
+    sizes = sorted(t.untyped_storage().nbytes() for t in saved(model, x))
+    thin, masks = [4 * 40 * 2] * 3, [bytes_each * 40 * 32] * 3 if bytes_each else []
+    assert sizes == sorted([*thin, *masks, 4 * x.numel()])
+
+
+def test_a_weight_that_trains_gets_its_gradient() -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    gw.graft(model, gw.LoRA(r=2, at="linear"), head=False)
+    model[0].weight.requires_grad_(True)  # somebody thaws the backbone beneath the adapter
+    x = torch.randn(5, 4)
+    model(x).sum().backward()
+    torch.testing.assert_close(model[0].weight.grad, x.sum(0).expand(3, 4))
+
+
+def test_the_plain_formula_serves_where_the_base_is_not_the_hosts_own() -> None:
+    x, w, b, down, up = tensors(3, 4, 5, 2)
+    host = SimpleNamespace(frozen_product=False)
+    out = low_rank(x, lambda t: 2 * F.linear(t, w, b), host, down, up, 0.5)  # type: ignore[arg-type]
+    torch.testing.assert_close(out, 2 * F.linear(x, w, b) + 0.5 * x @ down.T @ up.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_what_autocast_of_the_formula_is(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 12))
+    adapter = gw.graft(model, gw.LoRA(r=2, at="linear"), head=False)
+    (delta,) = adapter.deltas()
+    nn.init.normal_(delta.up)
+    x = torch.randn(3, 16)
+    with torch.autocast("cpu", dtype=dtype):
+        out = model(x)
+        thin = F.linear(x, delta.down)
+        expected = F.linear(x, model[0].weight, model[0].bias) + delta.scale * F.linear(thin, delta.up)
+    assert out.dtype == expected.dtype == dtype
+    torch.testing.assert_close(out, expected, atol=0.05, rtol=0.05)
+    out.float().sum().backward()
+    assert delta.down.grad is not None and delta.down.grad.dtype == torch.float32
