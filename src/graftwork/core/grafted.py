@@ -68,9 +68,11 @@ class Graft(nn.Module):
             self.reached = True
             if plan.attend:
                 return self._attend(module, plan, base, args, kwargs)
-            thin = bool(plan.linear) and not self._keeping(module, plan)
+            keeping = plan.keeps and self._keeping(module, plan)
+            thin = bool(plan.linear) and not keeping
             before = self.cache, self.plain
-            self.cache, self.plain = {}, thin
+            self.cache = {name: plan.kept(module, name) for name in plan.weights} if keeping else {}
+            self.plain = thin
             try:
                 return plan.run(base, runtime, thin, args, kwargs)
             finally:
@@ -96,7 +98,7 @@ class Graft(nn.Module):
 
     def _keeping(self, module: nn.Module, plan: Plan) -> bool:
         """Whether this pass uses weights that are kept between passes; one that trains frees them."""
-        if not plan.keeps or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return False
         if self.runtime.keeps_weights and not torch.is_grad_enabled() and not module.training:
             return True
@@ -105,13 +107,14 @@ class Graft(nn.Module):
 
     def read(self, module: nn.Module, name: str) -> Tensor | None:
         """The value of the host's parameter `name`: adapted inside a pass, plain outside of one."""
+        if self.cache is not None and name in self.cache:
+            return self.cache[name]
         stored = module._parameters[name]
         plan = self.plan
         if plan is None or self.plain or name not in plan.weights or not self.runtime.open:
             return stored
-        if self.cache is not None and name in self.cache:
-            return self.cache[name]
-        value = plan.kept(module, name) if self._keeping(module, plan) else plan.adapted(module, name)
+        keeping = plan.keeps and self._keeping(module, plan)
+        value = plan.kept(module, name) if keeping else plan.adapted(module, name)
         if self.cache is not None:
             self.cache[name] = value
         return value

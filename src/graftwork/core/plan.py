@@ -55,10 +55,9 @@ class Host:
 
 @dataclass(frozen=True)
 class Kept:
-    """An adapted weight, and the tensors it was made of with their state then (held, so that no other gets their id)."""
+    """An adapted weight, and the tensors it was made of with their versions and addresses then."""
 
-    state: list[tuple[int, int, int]]
-    made_of: list[Tensor]
+    made_of: list[tuple[Tensor, int, int]]
     value: Tensor | None
 
 
@@ -104,14 +103,18 @@ class Plan:
 
     def kept(self, module: nn.Module, name: str) -> Tensor | None:
         """`adapted`, computed again only where a tensor it is made of was replaced or written to since."""
-        tensors = [table[key] for table, key in self._sources]
-        if any(t is None or t.is_inference() for t in tensors):  # these do not count how often they are written to
-            return self.adapted(module, name)
-        state = [(id(t), t._version, t.data_ptr()) for t in tensors]
         found = self._kept.get(name)
-        if found is None or found.state != state:
-            found = self._kept[name] = Kept(state, tensors, self.adapted(module, name))
-        return found.value
+        if found is not None:
+            for (table, key), (tensor, version, pointer) in zip(self._sources, found.made_of, strict=True):
+                if table[key] is not tensor or tensor._version != version or tensor.data_ptr() != pointer:
+                    break
+            else:
+                return found.value
+        tensors = [table[key] for table, key in self._sources]
+        value = self.adapted(module, name)
+        if not any(t.is_inference() for t in tensors):  # these do not count how often they are written to
+            self._kept[name] = Kept([(t, t._version, t.data_ptr()) for t in tensors], value)
+        return value
 
     def drop_kept(self) -> None:
         """Free the kept weights."""
@@ -121,6 +124,8 @@ class Plan:
         self, base: Callable[..., Any], runtime: Runtime, thin: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """What the module returns in this pass. thin: by the fast path, where there is one."""
+        if not (self.capture or self.enter or self.forward or self.around):
+            return self._product(base, args, kwargs) if thin else base(*args, **kwargs)
         call = partial(self._inner, base, runtime, thin)
         for delta in self.around:
             call = partial(delta.around, call)
