@@ -58,7 +58,9 @@ def main() -> None:
     wanted = [name.strip() for name in given.only.split(";") if name.strip()] or [*WEIGHTS, "deactivated", "merged"]
     known = cases("llama")
     print(f"llama 8 x 512, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{'':16} {'bare ms':>8} {'peer':>6} {'8 x 128':>8}  target | {'bare ms':>8} {'peer':>6} {'1 token':>8}  target")
+    print(
+        f"{'':16} {'bare ms':>8} {'peer':>6} {'8 x 128':>8}  target | {'bare ms':>8} {'peer':>6} {'1 token':>8}  target"
+    )
     for name in wanted:
         case = known.get(name, known["lora"])
         models = {"bare": llama_like().eval().requires_grad_(False), "ours": llama_like().eval()}

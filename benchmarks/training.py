@@ -92,7 +92,9 @@ def bound(model: nn.Module) -> nn.Module:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=["llama", "bert"], default="llama", help="8 x 512 or 6 x 384 (default: llama)")
+    parser.add_argument(
+        "--model", choices=["llama", "bert"], default="llama", help="8 x 512 or 6 x 384 (default: llama)"
+    )
     parser.add_argument("--rounds", type=int, default=15, help="rounds that are measured (default: 15)")
     parser.add_argument("--only", default="", help="names of cases, joined by ; (default: all)")
     parser.add_argument("--no-peer", action="store_true", help="measure graftwork alone")

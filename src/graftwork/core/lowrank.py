@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 
 
 def low_rank(
-    x: Tensor, base: Callable[[Tensor], Tensor], host: Host, down: Tensor, up: Tensor, scale: float, dropout: float = 0.0
+    x: Tensor,
+    base: Callable[[Tensor], Tensor],
+    host: Host,
+    down: Tensor,
+    up: Tensor,
+    scale: float,
+    dropout: float = 0.0,
 ) -> Tensor:
     """base(x) + scale drop(x) down^T up^T.  x [..., in], down [r, in], up [out, r]; dropout: zero in evaluation."""
     if host.frozen_product and torch.is_grad_enabled() and not _traced():
