@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import graftwork as gw
-from graftwork.core.lowrank import LowRankProduct, keep_mask, low_rank
+from graftwork.core.lowrank import LowRankProduct, dense_is_cheaper, keep_mask, low_rank
 
 SIZE = st.integers(1, 7)
 
@@ -39,6 +39,34 @@ def test_gradients_are_those_of_the_formula(n: int, d_in: int, d_out: int, r: in
     torch.testing.assert_close(product(x, down, up), formula(x, down, up))
     assert torch.autograd.gradcheck(product, (x, down, up))
     assert torch.autograd.gradgradcheck(product, (x, down, up))
+
+
+@pytest.mark.parametrize("trains_down", [True, False])
+@pytest.mark.parametrize("n", [1, 40])
+def test_a_large_rank_is_one_dense_weight_where_that_is_cheaper(n: int, trains_down: bool) -> None:
+    x, w, b, down, up = tensors(n, 6, 5, 4)
+    x, up = x.requires_grad_(), up.requires_grad_()
+    down.requires_grad_(trains_down)
+    assert dense_is_cheaper(n, 6, 5, 4) == (n == 40)
+    out = LowRankProduct.apply(x, w, b, down, up, 1.3, 0.0)
+    expected = F.linear(x, w, b) + 1.3 * x @ down.T @ up.T
+    torch.testing.assert_close(out, expected)
+    wanted = [t for t in (x, down, up) if t.requires_grad]
+    grad = torch.randn_like(out)
+    for ours, theirs in zip(*(torch.autograd.grad(y, wanted, grad) for y in (out, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    product = lambda *given: LowRankProduct.apply(given[0], w, b, down, given[1], 1.3, 0.0)  # noqa: E731
+    assert torch.autograd.gradgradcheck(product, (x, up))
+
+
+def test_thin_updates_and_half_precision_never_make_a_weight() -> None:
+    assert not dense_is_cheaper(10**6, 4096, 4096, 16)
+    assert dense_is_cheaper(1024, 512, 512, 256)
+    x, w, b, down, up = (t.bfloat16() for t in tensors(40, 6, 5, 4))
+    saved_shapes: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved_shapes.append(t.shape) or t, lambda t: t):
+        LowRankProduct.apply(x.requires_grad_(), w, b, down, up.requires_grad_(), 1.0, 0.0)
+    assert torch.Size([4, 40]) in saved_shapes  # the thin product
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5, 0.9])
@@ -98,11 +126,11 @@ def test_kept_for_backward_is_the_input_once_and_nothing_else_of_its_size(dropou
             return self.q(x) + self.k(x) + self.v(x)
 
     model = Shared()
-    gw.graft(model, gw.LoRA(r=2, dropout=dropout, at="/./"), head=False)
+    gw.graft(model, gw.LoRA(r=1, dropout=dropout, at="/./"), head=False)
     model.train()
     x = torch.randn(4, 10, 32, requires_grad=True)
     sizes = sorted(t.untyped_storage().nbytes() for t in saved(model, x))
-    thin, masks = [4 * 40 * 2] * 3, [bytes_each * 40 * 32] * 3 if bytes_each else []
+    thin, masks = [4 * 40] * 3, [bytes_each * 40 * 32] * 3 if bytes_each else []
     assert sizes == sorted([*thin, *masks, 4 * x.numel()])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ class Masked(Substituted):
         self.delta, self.masks = delta, nn.Module()
         self.source = delta.source
         self.additive = isinstance(delta, WeightDelta) and delta.additive
+        self.lasting = isinstance(delta, WeightDelta) and delta.lasting
         self.decided, self.scoring, self.absolute, self.rounds = decided, False, False, 0
         self.scores: dict[str, Tensor] = {}
         self.gone: dict[str, int] = {}
@@ -40,6 +41,14 @@ class Masked(Substituted):
     @property
     def inside(self) -> Delta:
         return self.delta
+
+    def work(self) -> int:
+        return self.delta.work() if isinstance(self.delta, WeightDelta) else 0
+
+    def sources(self) -> Iterator[nn.Module]:
+        yield self
+        if isinstance(self.delta, WeightDelta):
+            yield from self.delta.sources()
 
     def matrices(self) -> dict[str, nn.Parameter]:
         """The masked parameters of the delta inside."""

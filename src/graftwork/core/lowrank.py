@@ -29,18 +29,23 @@ def low_rank(
     dropout: float = 0.0,
 ) -> Tensor:
     """base(x) + scale drop(x) down^T up^T.  x [..., in], down [r, in], up [out, r]; dropout: zero in evaluation."""
-    if host.frozen_product and torch.is_grad_enabled() and not _traced():
-        weight, bias = host.weight, host.bias
-        device = x.device.type
-        if torch.is_autocast_enabled(device):  # what F.linear would do with each of them
-            dtype = torch.get_autocast_dtype(device)
-            bias = None if bias is None else bias.to(dtype)
-            x, weight, down, up = x.to(dtype), weight.to(dtype), down.to(dtype), up.to(dtype)
-            with torch.autocast(device, enabled=False):
-                return LowRankProduct.apply(x, weight, bias, down, up, scale, dropout)  # type: ignore[no-any-return]
+    if _traced() or not host.frozen_product:
+        seen = F.dropout(x, dropout) if dropout else x
+        return base(x).add_(F.linear(F.linear(seen, down), up), alpha=scale)
+    weight, bias = host.weight, host.bias
+    device = x.device.type
+    if torch.is_autocast_enabled(device):  # what F.linear would do with each of them
+        dtype = torch.get_autocast_dtype(device)
+        bias = None if bias is None else bias.to(dtype)
+        x, weight, down, up = x.to(dtype), weight.to(dtype), down.to(dtype), up.to(dtype)
+        with torch.autocast(device, enabled=False):
+            return LowRankProduct.apply(x, weight, bias, down, up, scale, dropout)  # type: ignore[no-any-return]
+    if torch.is_grad_enabled():
         return LowRankProduct.apply(x, weight, bias, down, up, scale, dropout)  # type: ignore[no-any-return]
-    thin = F.linear(F.dropout(x, dropout) if dropout else x, down)
-    return base(x).add_(F.linear(thin, up), alpha=scale)
+    y = F.linear(x, weight, bias)
+    seen = (F.dropout(x, dropout) if dropout else x).reshape(-1, x.shape[-1])
+    y.view(-1, y.shape[-1]).addmm_((down @ seen.t()).t(), up.t(), alpha=scale)  # the operations of a training pass
+    return y
 
 
 def _traced() -> bool:
@@ -62,6 +67,16 @@ def keep_mask(like: Tensor, dropout: float) -> tuple[Tensor, float]:
     return (words >= dropped - 32768).view(like.shape), 1 - dropped / 65536
 
 
+def dense_is_cheaper(positions: int, d_in: int, d_out: int, r: int) -> bool:
+    """Whether a training step costs fewer multiply-adds by W' = W + s B A, made once, than by thin products.
+
+    Thin: N r (in + out) forwards, as much for x backwards, and as much for A and B. Dense: r in out to make W', which then
+    serves both directions, and N r (in + out) for A and B at most. W' is kept for the backward pass, so only where the
+    update is not thin (more than a tenth of the product itself).
+    """
+    return 10 * r * (d_in + d_out) > d_in * d_out and d_in * d_out < positions * (d_in + d_out)
+
+
 class LowRankProduct(torch.autograd.Function):
     """The product, its gradient for x, A and B, and nothing else."""
 
@@ -69,14 +84,24 @@ class LowRankProduct(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, dropout: float
     ) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        keep = None
-        if dropout:
-            keep, share = keep_mask(flat, dropout)
-            scale = scale / share
-        y = F.linear(x, weight, bias)
-        thin = down @ (flat if keep is None else torch.where(keep, flat, 0)).t()  # [r, N]
-        y.view(-1, y.shape[-1]).addmm_(thin.t(), up.t(), alpha=scale)
+        flat, (d_out, d_in) = x.reshape(-1, x.shape[-1]), weight.shape
+        # W' in half precision would round the update away
+        ctx.dense = (
+            not dropout
+            and x.dtype in (torch.float32, torch.float64)
+            and dense_is_cheaper(flat.shape[0], d_in, d_out, down.shape[0])
+        )
+        keep = thin = None
+        if ctx.dense:
+            weight = torch.addmm(weight, up, down, alpha=scale)
+            y = F.linear(x, weight, bias)
+        else:
+            if dropout:
+                keep, share = keep_mask(flat, dropout)
+                scale = scale / share
+            y = F.linear(x, weight, bias)
+            thin = down @ _seen(flat, keep).t()  # [r, N]
+            y.view(-1, d_out).addmm_(thin.t(), up.t(), alpha=scale)
         ctx.save_for_backward(x, weight, down, up, thin, keep)
         ctx.scale = scale
         return y
@@ -85,16 +110,26 @@ class LowRankProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, down, up, thin, keep = ctx.saved_tensors
         flat, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        seen = flat if keep is None else torch.where(keep, flat, 0)
-        if torch.is_grad_enabled():  # a gradient of this gradient is asked for: thin must be a function of x and A
+        seen = _seen(flat, keep)
+        g_x = g_down = g_thin = None
+        if torch.is_grad_enabled() and ctx.dense:  # a gradient of this gradient: W' must be a function of A and B
+            weight = weight.detach() - ctx.scale * (up @ down).detach() + ctx.scale * (up @ down)
+        if thin is None or torch.is_grad_enabled():
             thin = down @ seen.t()
-        g_thin = (ctx.scale * up.t()) @ g.t()  # [r, N]
-        g_x = None
+        if ctx.needs_input_grad[3] or not ctx.dense:
+            g_thin = (ctx.scale * up.t()) @ g.t()  # [r, N]
         if ctx.needs_input_grad[0]:
             g_x = g @ weight
-            if keep is None:
-                g_x = g_x.addmm_(g_thin.t().contiguous(), down)
-            else:
+            if keep is not None:
                 g_x = g_x.addcmul_(g_thin.t().contiguous() @ down, keep)
+            elif not ctx.dense:
+                g_x = g_x.addmm_(g_thin.t().contiguous(), down)
             g_x = g_x.view(x.shape)
-        return g_x, None, None, g_thin @ seen, (ctx.scale * (thin @ g)).t(), None, None
+        if ctx.needs_input_grad[3]:
+            g_down = g_thin @ seen
+        return g_x, None, None, g_down, (ctx.scale * (thin @ g)).t(), None, None
+
+
+def _seen(flat: Tensor, keep: Tensor | None) -> Tensor:
+    """What A sees of x [N, in]."""
+    return flat if keep is None else flat * keep

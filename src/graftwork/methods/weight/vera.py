@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftwork.core.adapter import Part
 from graftwork.core.delta import WeightDelta
 from graftwork.core.fields import count, flag, fraction, number, positive, where
 from graftwork.core.initial import constant, drawing_from, kaiming_uniform, tensor, zeros
+from graftwork.core.lowrank import low_rank
 from graftwork.core.method import Method, method
 from graftwork.core.plan import Host
 from graftwork.core.site import Site
@@ -102,6 +102,5 @@ class Scaled(WeightDelta):
         return w + self.up_scale[..., None] * ((self.up * self.down_scale[..., None, :]) @ self.down)
 
     def linear(self, x: Tensor, base: Callable[[Tensor], Tensor], host: Host) -> Tensor:
-        thin = F.linear(F.dropout(x, self.dropout, self.training) if self.dropout else x, self.down)
-        # the scale goes into the thin matrix: no activation of the output's size is kept for its gradient
-        return base(x).add_(F.linear(thin * self.down_scale, self.up * self.up_scale[:, None]))
+        up = self.up * (self.up_scale[:, None] * self.down_scale)  # a thin matrix: no activation is scaled
+        return low_rank(x, base, host, self.down, up, 1.0, self.dropout if self.training else 0.0)
