@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from graftwork.core.delta import Delta, WeightDelta
 from graftwork.core.errors import GraftError
 
+from .bits import packed, unpacked
 from .substituted import Substituted
 
 
@@ -46,7 +47,7 @@ class Masked(Substituted):
         return self.delta.work() if isinstance(self.delta, WeightDelta) else 0
 
     def sources(self) -> Iterator[nn.Module]:
-        yield self
+        yield self  # type: ignore[misc]  # a mixin of modules
         if isinstance(self.delta, WeightDelta):
             yield from self.delta.sources()
 
@@ -96,7 +97,7 @@ class Masked(Substituted):
         for name, value in self.delta.state_dict().items():
             if name in self.matrices():
                 mask = self.mask(name)
-                out[f"bits.{name}"], out[f"kept.{name}"] = _packed(mask), value[mask]
+                out[f"bits.{name}"], out[f"kept.{name}"] = packed(mask), value[mask]
             else:
                 out[f"delta.{name}"] = value
         return out
@@ -108,7 +109,7 @@ class Masked(Substituted):
             key = _quoted(name)
             mask = tensors.get(f"masks.{key}")
             if f"bits.{name}" in tensors:
-                mask = _unpacked(tensors[f"bits.{name}"], w.shape)
+                mask = unpacked(tensors[f"bits.{name}"], w.shape)
                 kept = tensors.get(f"kept.{name}", torch.empty(0))
                 if mask is None or int(mask.sum()) != kept.numel():
                     found = f"{kept.numel()} values for the bits of {list(w.shape)}"
@@ -128,23 +129,6 @@ class Masked(Substituted):
 
 def _quoted(name: str) -> str:
     return name.replace(".", "%2E")
-
-
-_PLACES = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
-
-
-def _packed(mask: Tensor) -> Tensor:
-    """Eight entries in a byte."""
-    flat = nn.functional.pad(mask.flatten().cpu(), (0, -mask.numel() % 8))
-    return (flat.view(-1, 8) * _PLACES).sum(1, dtype=torch.uint8)
-
-
-def _unpacked(bits: Tensor, shape: torch.Size) -> Tensor | None:
-    """The mask; None where the bytes do not fit the shape."""
-    n = shape.numel()
-    if bits.dtype != torch.uint8 or bits.numel() != (n + 7) // 8:
-        return None
-    return ((bits.cpu()[:, None] & _PLACES) != 0).flatten()[:n].view(shape)
 
 
 class MaskedDelta(Masked, Delta):  # type: ignore[misc]

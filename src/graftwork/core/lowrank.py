@@ -111,11 +111,10 @@ class LowRankProduct(torch.autograd.Function):
         x, weight, down, up, thin, keep = ctx.saved_tensors
         flat, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         seen = _seen(flat, keep)
-        g_x = g_down = g_thin = None
+        g_x = g_down = g_up = None
+        g_thin: Any = None
         if torch.is_grad_enabled() and ctx.dense:  # a gradient of this gradient: W' must be a function of A and B
             weight = weight.detach() - ctx.scale * (up @ down).detach() + ctx.scale * (up @ down)
-        if thin is None or torch.is_grad_enabled():
-            thin = down @ seen.t()
         if ctx.needs_input_grad[3] or not ctx.dense:
             g_thin = (ctx.scale * up.t()) @ g.t()  # [r, N]
         if ctx.needs_input_grad[0]:
@@ -127,7 +126,11 @@ class LowRankProduct(torch.autograd.Function):
             g_x = g_x.view(x.shape)
         if ctx.needs_input_grad[3]:
             g_down = g_thin @ seen
-        return g_x, None, None, g_down, (ctx.scale * (thin @ g)).t(), None, None
+        if ctx.needs_input_grad[4]:
+            if thin is None or torch.is_grad_enabled():
+                thin = down @ seen.t()
+            g_up = (ctx.scale * (thin @ g)).t()
+        return g_x, None, None, g_down, g_up, None, None
 
 
 def _seen(flat: Tensor, keep: Tensor | None) -> Tensor:
