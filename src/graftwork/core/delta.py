@@ -84,6 +84,9 @@ def _shape(t: Tensor | None) -> str:
     return "nothing" if t is None else str(list(t.shape))
 
 
+Diagonal = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
 class WeightDelta(Delta):
     """A delta that re-parameterises the site's weight: merge, unmerge, every host and export come for free.
 
@@ -111,6 +114,12 @@ class WeightDelta(Delta):
         """(down [*batch, r, in], up [*batch, out, r]) where W' = W + up down, otherwise None.
 
         Dropout of the input of `down` is the delta's attribute `dropout`.
+        """
+        return None
+
+    def diagonal(self) -> Diagonal | None:
+        """(before [in], after [out], shift [out]), each None for nothing, where y' = after * base(before * x) + shift for the host's
+        y = base(x), channel by channel, otherwise None.
         """
         return None
 

@@ -8,10 +8,15 @@ checkpointing runs again during the backward pass counts as inside: it must see 
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .rows import Table
 
 
 class Runtime:
@@ -19,6 +24,8 @@ class Runtime:
 
     depth: how many grafted calls are open;  state: what deltas hand to each other within a pass (cleared by the root's call);
     context: side information per batch or row, set by `gw.context`;  mask: the padding mask [batch, seq] of the pass, or None.
+    rows: which adapter each row has, while `rows(...)` is active;  stacks: tensors of many adapters as one, kept for the next `rows`;
+    generating: inside `model.generate`, where a row of the batch may have become several.
     """
 
     def __init__(self) -> None:
@@ -26,10 +33,23 @@ class Runtime:
         self.state: dict[Any, Any] = {}
         self.context: dict[str, Any] = {}
         self.mask: Tensor | None = None
+        self.rows: Table | None = None
+        self.stacks: dict[Any, Any] = {}
+        self.generating = 0
 
     def __getstate__(self) -> dict[str, Any]:
         # a copied or pickled model starts outside any pass
-        return {"depth": 0, "state": {}, "context": self.context, "mask": None}
+        outside = {"depth": 0, "state": {}, "mask": None, "stacks": {}, "generating": 0}
+        return {"context": self.context, "rows": self.rows, **outside}
+
+    @contextmanager
+    def generation(self) -> Iterator[None]:
+        """The model's `generate` runs in this block."""
+        self.generating += 1
+        try:
+            yield
+        finally:
+            self.generating -= 1
 
     @property
     def open(self) -> bool:

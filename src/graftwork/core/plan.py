@@ -18,6 +18,7 @@ from .errors import GraftError
 from .passes import Runtime
 
 if TYPE_CHECKING:
+    from .rowwise import Step
     from .weight import Weight
 
 
@@ -44,6 +45,7 @@ class Plan:
     def __init__(self, module: nn.Module) -> None:
         self.weights: dict[str, list[WeightDelta]] = {}  # parameter name -> deltas, first applied first
         self.linear: list[tuple[WeightDelta, Host]] = []  # the fast path, empty where there is none
+        self.rowwise: list[Step] = []  # one adapter per row: each step runs the one before it, the module itself first
         self.capture: list[Delta] = []  # deltas elsewhere that want this module's input
         self.enter: list[Delta] = []
         self.forward: list[tuple[Delta, int]] = []  # delta, width of the site
@@ -77,7 +79,10 @@ class Plan:
                 for delta in self.enter:
                     edited = delta.enter(edited)
                 args, kwargs = replace_first(args, kwargs, x, self._stored(edited))
-        out = self._product(base, args, kwargs) if self.linear else base(*args, **kwargs)
+        below = base
+        for step in self.rowwise:
+            below = partial(step, below, base)
+        out = self._product(below, args, kwargs) if self.linear or self.rowwise else base(*args, **kwargs)
         return self._edit(out, x, runtime) if self.forward else out
 
     def _product(self, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from graftwork.core.adapter import Part
-from graftwork.core.delta import WeightDelta
+from graftwork.core.delta import Diagonal, WeightDelta
 from graftwork.core.fields import where
 from graftwork.core.initial import ones
 from graftwork.core.method import Method, method
@@ -62,6 +62,9 @@ class Rescale(WeightDelta):
 
     def bias(self, b: Tensor | None) -> Tensor | None:
         return b if b is None or self.input else b * self.scale
+
+    def diagonal(self) -> Diagonal | None:
+        return (self.scale, None, None) if self.input else (None, self.scale, None)
 
     def linear(self, x: Tensor, base: Callable[[Tensor], Tensor], host: Host) -> Tensor:
         if self.input:

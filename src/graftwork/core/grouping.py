@@ -1,0 +1,203 @@
+"""From expressions per row to groups of deltas: at each site, what is alike goes into one group (see `rows`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from .adapter import Adapter, Part
+from .algebra import Rows
+from .delta import Delta, WeightDelta
+from .errors import GraftError
+from .likeness import like
+from .method import Method
+from .passes import Runtime
+from .plan import _channels_first, _disjoint
+from .rows import Table, check_order, tensors_of
+from .rowwise import Denses, Diagonals, Lookups, LowRanks
+from .site import Site
+from .together import Attends, Forwards, Linears
+
+if TYPE_CHECKING:
+    from .attention import Attention
+
+LARGEST = 2**25  # numbers: weights of all rows together that are made at once (128 MiB in float32); larger ones one adapter at a time
+AFFINE = (nn.Linear, _ConvNd, nn.LayerNorm, nn.GroupNorm, _BatchNorm, nn.Embedding)  # y = f(x) + bias, or without one
+
+Members = dict[int, Delta]  # number of the expression -> its delta
+
+
+def table(model: nn.Module, rows: Rows, adapters: Mapping[str, Adapter], runtime: Runtime) -> Table:
+    """Everything that `rows` does in `model`. GraftError where a method cannot run row by row."""
+    made = Table([None if e is None else str(e) for e in rows.of], runtime)
+    if all(e == rows.of[0] for e in rows.of):
+        return made  # one expression for all: its plan is the plain one
+    distinct = sorted({str(e): e for e in rows.of if e is not None}.items())
+    chains = [[part for name in e.names() for part in adapters[name].parts] for _, e in distinct]
+    owners = {id(part): name for name, a in adapters.items() for part in a.parts}
+    deltas = [d for chain in chains for part in chain for d in part.deltas.values()]
+    made.parameters = list(dict.fromkeys(tensors_of([*deltas, *(p.shared_modules for chain in chains for p in chain)])))
+    made.dropping = next((str(p.method) for chain in chains for p in chain if drops(p.method)), None)
+    weights: dict[str, dict[int, list[tuple[Site, WeightDelta]]]] = {}
+    attends: dict[str, tuple[Site, dict[int, list[Delta]]]] = {}
+    for slot in slots(chains):
+        for site, members in sites(slot):
+            for n, delta in members.items():
+                name = owners[id(slot[n])]
+                if delta.overrides("around"):
+                    raise refusal(slot[n], site, name, "it changes the whole pass of a module, for all rows")
+                if isinstance(delta, WeightDelta) and delta.names():
+                    weights.setdefault(site.path, {}).setdefault(n, []).append((site, delta))
+                if delta.overrides("attend"):
+                    attends.setdefault(site.path, (site, {}))[1].setdefault(n, []).append(delta)
+            edits = {n: d for n, d in members.items() if d.overrides("forward") or d.overrides("enter")}
+            made.deltas += [(site, group) for group in _forwards(made, site, edits)]
+    made.deltas += [(site, Attends(made, site.key, members)) for site, members in attends.values()]
+    for path, chains_here in weights.items():
+        steps = _steps(made, model.get_submodule(path), chains_here, [n for n, _ in distinct])
+        made.steps += [(path, step) for step in steps]
+    check_order(model, [*weights, *(site.path for site, _ in made.deltas)])
+    return made
+
+
+def drops(method: Method) -> bool:
+    """Whether it has dropout."""
+    values = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    return any(bool(values.get(name)) for name in ("dropout", "drop_path")) or any(
+        drops(v) for v in values.values() if isinstance(v, Method)
+    )
+
+
+def refusal(part: Part, site: Site, name: str, found: str) -> GraftError:
+    """A method that cannot run row by row."""
+    do = f"run its rows as a batch of their own, with gw.using(model, {name!r})"
+    return GraftError(f"one adapter per row: {part.method.name} at {site.key} ({name})", found, do)
+
+
+def slots(chains: Sequence[Sequence[Part]]) -> list[dict[int, Part]]:
+    """The parts of all chains side by side, methods of one name in one slot, each chain in its own order."""
+    out: list[dict[int, Part]] = []
+    for n, chain in enumerate(chains):
+        at = 0
+        for part in chain:
+            same = (
+                i for i in range(at, len(out)) if next(iter(out[i].values())).method.name == part.method.name
+            )
+            i = next(same, None)
+            if i is None:
+                i = at
+                out.insert(i, {})
+            out[i][n] = part
+            at = i + 1
+    return out
+
+
+def sites(slot: Mapping[int, Part]) -> Iterator[tuple[Site, Members]]:
+    """The sites of a slot, each with the deltas that are there."""
+    found: dict[str, tuple[Site, Members]] = {}
+    for n, part in slot.items():
+        for site in part.sites:
+            found.setdefault(site.key, (site, {}))[1][n] = part.deltas[site.key]
+    return iter(found.values())
+
+
+def _forwards(made: Table, site: Site, members: Members) -> Iterator[Forwards]:
+    for group, slots_of in _alike(members):
+        one = Forwards(made, site.key, group)
+        one.source = next(iter(group.values())).source
+        one.setup(slots_of, apart=any(d.overrides("enter") for d in group.values()))
+        yield one
+
+
+def _alike(members: Members) -> Iterator[tuple[Members, list[Any]]]:
+    """The members in groups of one function each, with the slots of their tensors."""
+    groups: dict[Any, tuple[Members, list[Any]]] = {}
+    for n, delta in members.items():
+        kind, where = like(delta)
+        group = groups.setdefault(kind, ({}, []))
+        group[0][n] = delta
+        group[1].append(where)
+    return iter(groups.values())
+
+
+def _steps(
+    made: Table, module: nn.Module, chains: Mapping[int, list[tuple[Site, WeightDelta]]], texts: Sequence[str]
+) -> Iterator[Any]:
+    """The steps of one module's weights: first by their fast forms, then, whole weights for the chains that have none."""
+    fast: dict[tuple[str, str, int], Members] = {}
+    dense: dict[int, list[WeightDelta]] = {}
+    for n, chain in chains.items():
+        deltas = [d for _, d in chain]
+        kinds = [form(module, d) for d in deltas]
+        if "" in kinds or not (len(deltas) == 1 or all(d.additive for d in deltas) or _disjoint(deltas)):
+            _check_dense(module, chain[0][0], texts[n])
+            dense[n] = deltas
+            continue
+        for i, ((site, delta), kind) in enumerate(zip(chain, kinds, strict=True)):
+            fast.setdefault((kind, site.key, i), {})[n] = delta
+    for (kind, key, _), members in fast.items():
+        names = tuple(dict.fromkeys(name for d in members.values() for name in d.names()))  # type: ignore[attr-defined]
+        if kind == "factors":
+            yield LowRanks(made, key, members, names)
+        elif kind == "lookup":
+            yield Lookups(made, key, members, names, module)
+        elif kind == "diagonal":
+            yield Diagonals(made, key, members, names, _channels_first(module))
+        else:
+            for group, slots_of in _alike(members):
+                step = Linears(made, key, group, names)
+                step.host = module
+                step.setup(slots_of, apart=False)
+                yield step
+    if dense:
+        yield _dense(made, module, next(iter(chains.values()))[0][0], dense)
+
+
+@torch.no_grad()
+def form(module: nn.Module, delta: WeightDelta) -> str:
+    """The fastest form of a weight delta: "factors", "lookup", "diagonal", "linear", or "" for a weight as a whole."""
+    diagonal = delta.diagonal() if isinstance(module, AFFINE) or delta.view.linear else None
+    if delta.view.linear:
+        if delta.factors() is not None:
+            return "factors"
+        if diagonal is not None and (diagonal[0] is None or delta.view.rows is None):
+            return "diagonal"
+        return "linear" if delta.overrides("linear") else ""
+    if diagonal is not None and diagonal[0] is None and delta.view.rows is None:
+        return "diagonal"
+    looked_up = delta.view.lookup and isinstance(module, nn.Embedding) and module.max_norm is None
+    return "lookup" if looked_up and delta.factors() is not None else ""
+
+
+def _check_dense(module: nn.Module, site: Site, text: str) -> None:
+    own = [p for p in module._parameters.values() if p is not None]
+    vectors = not list(module.children()) and all(p.dim() < 2 for p in own)
+    if not (site.weight.linear if "weight" in module._parameters else vectors) and not (
+        vectors or isinstance(module, _ConvNd | nn.Embedding)
+    ):
+        found = f"a weight inside {type(module).__name__}, which cannot be applied row by row"
+        do = f"run its rows as a batch of their own, with gw.using(model, {text!r})"
+        raise GraftError(f"one adapter per row: {text!r} at {site.key}", found, do)
+
+
+@torch.no_grad()
+def _dense(made: Table, module: nn.Module, site: Site, members: dict[int, list[WeightDelta]]) -> Denses:
+    names = tuple(dict.fromkeys(name for chain in members.values() for d in chain for name in d.names()))
+    step = Denses(made, site.key, members, names, module, together=False)
+    shapes = {tuple(None if v is None else tuple(v.shape) for v in step.values(chain)) for chain in step.deltas}
+    if not step.whole or len(members) < len({n for n in made.index}):
+        shapes.add(tuple(None if (p := module._parameters[n]) is None else tuple(p.shape) for n in names))
+    if len(shapes) > 1:
+        found = " and ".join(sorted(str([list(s) for s in shape if s is not None]) for shape in shapes))
+        do = "rows of one batch share one output tensor: run those of each size as a batch of their own, with gw.using"
+        raise GraftError(f"one adapter per row at {site.key}", f"weights of different shapes, {found}", do)
+    numbers = sum(torch.Size(s).numel() for s in next(iter(shapes)) if s is not None) * len(step.covered)
+    own = [p for p in module._parameters.values() if p is not None]
+    step.together = numbers <= LARGEST and (site.weight.linear if own[0].dim() == 2 else all(p.dim() < 2 for p in own))
+    return step
