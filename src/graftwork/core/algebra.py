@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from .errors import GraftError
 
-
 WORD, NONE, ROWS = re.compile(r"[\w./-]+"), "none", "rows"
 
 

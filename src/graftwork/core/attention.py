@@ -153,7 +153,9 @@ def _interface(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, extra: int, rows: Tensor | None = None) -> Tensor:
         given = dict(kwargs)
         if rows is not None:
-            per_row = {n: t for n, t in given.items() if isinstance(t, Tensor) and t.dim() > 1 and t.shape[0] == batch > 1}
+            per_row = {
+                n: t for n, t in given.items() if isinstance(t, Tensor) and t.dim() > 1 and t.shape[0] == batch > 1
+            }
             given |= {n: t[rows] for n, t in per_row.items()}
         if extra:
             causal = given.get("is_causal")
@@ -233,7 +235,9 @@ class _Catch(TorchFunctionMode):
     ) -> Tensor:
         self.caught = True
 
-        def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, extra: int, rows: Tensor | None = None) -> Tensor:
+        def call(
+            q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, extra: int, rows: Tensor | None = None
+        ) -> Tensor:
             causal = is_causal and mask is None
             if extra and causal:
                 mask, causal = causal_mask(q.shape[2], key.shape[2], q.device), False

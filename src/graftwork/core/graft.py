@@ -131,7 +131,7 @@ def activate(model: nn.Module, expression: Expr | str | None) -> None:
     if root.merged is not None and chain:
         raise GraftError(f"activate {e}", f"{root.merged} is merged into the weights", "call gw.unmerge first")
     rows = grouping.table(model, e, root.adapters, root.runtime) if isinstance(e, Rows) else None
-    install.compile_plans(model, chain, rows if rows is not None and rows.steps or rows is not None and rows.deltas else None)
+    install.compile_plans(model, chain, None if rows is None or rows.uniform else rows)
     root.runtime.rows = rows
     for name in dict.fromkeys((*root.active, *chain)):  # no other has a parameter that asks for gradients
         for p in root.adapters[name].parameters():
@@ -146,7 +146,7 @@ def activate(model: nn.Module, expression: Expr | str | None) -> None:
         for p in d.parameters()
     )
     root.clock.watch(next(stepped, None))
-    labels.apply(model, next((a.labels for a in _active(model) if a.labels), None))
+    labels.apply(model, labels.common([a.labels for a in _active(model) if a.labels], rows is not None))
 
 
 @contextmanager

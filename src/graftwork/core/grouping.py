@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,10 +24,9 @@ from .rowwise import Denses, Diagonals, Lookups, LowRanks
 from .site import Site
 from .together import Attends, Forwards, Linears
 
-if TYPE_CHECKING:
-    from .attention import Attention
-
-LARGEST = 2**25  # numbers: weights of all rows together that are made at once (128 MiB in float32); larger ones one adapter at a time
+LARGEST = (
+    2**25
+)  # numbers: weights of all rows together that are made at once (128 MiB in float32); larger ones one adapter at a time
 AFFINE = (nn.Linear, _ConvNd, nn.LayerNorm, nn.GroupNorm, _BatchNorm, nn.Embedding)  # y = f(x) + bias, or without one
 
 Members = dict[int, Delta]  # number of the expression -> its delta
@@ -36,8 +35,8 @@ Members = dict[int, Delta]  # number of the expression -> its delta
 def table(model: nn.Module, rows: Rows, adapters: Mapping[str, Adapter], runtime: Runtime) -> Table:
     """Everything that `rows` does in `model`. GraftError where a method cannot run row by row."""
     made = Table([None if e is None else str(e) for e in rows.of], runtime)
-    if all(e == rows.of[0] for e in rows.of):
-        return made  # one expression for all: its plan is the plain one
+    if made.uniform:
+        return made
     distinct = sorted({str(e): e for e in rows.of if e is not None}.items())
     chains = [[part for name in e.names() for part in adapters[name].parts] for _, e in distinct]
     owners = {id(part): name for name, a in adapters.items() for part in a.parts}
@@ -45,13 +44,14 @@ def table(model: nn.Module, rows: Rows, adapters: Mapping[str, Adapter], runtime
     made.parameters = list(dict.fromkeys(tensors_of([*deltas, *(p.shared_modules for chain in chains for p in chain)])))
     made.dropping = next((str(p.method) for chain in chains for p in chain if drops(p.method)), None)
     weights: dict[str, dict[int, list[tuple[Site, WeightDelta]]]] = {}
+    spoken: dict[int, str] = {}  # what a refusal calls a delta
     attends: dict[str, tuple[Site, dict[int, list[Delta]]]] = {}
     for slot in slots(chains):
         for site, members in sites(slot):
             for n, delta in members.items():
-                name = owners[id(slot[n])]
+                spoken[id(delta)] = f"{slot[n].method.name} of {owners[id(slot[n])]!r}"
                 if delta.overrides("around"):
-                    raise refusal(slot[n], site, name, "it changes the whole pass of a module, for all rows")
+                    raise refusal(spoken[id(delta)], site, distinct[n][0], "it changes the whole pass of a module")
                 if isinstance(delta, WeightDelta) and delta.names():
                     weights.setdefault(site.path, {}).setdefault(n, []).append((site, delta))
                 if delta.overrides("attend"):
@@ -60,8 +60,12 @@ def table(model: nn.Module, rows: Rows, adapters: Mapping[str, Adapter], runtime
             made.deltas += [(site, group) for group in _forwards(made, site, edits)]
     made.deltas += [(site, Attends(made, site.key, members)) for site, members in attends.values()]
     for path, chains_here in weights.items():
-        steps = _steps(made, model.get_submodule(path), chains_here, [n for n, _ in distinct])
-        made.steps += [(path, step) for step in steps]
+        module = model.get_submodule(path)
+        for n, chain in chains_here.items():
+            if not fast(module, [d for _, d in chain]) and not whole(module, chain[0][0]):
+                found = f"a weight inside {type(module).__name__}, which cannot be applied row by row"
+                raise refusal(spoken[id(chain[0][1])], chain[0][0], distinct[n][0], found)
+        made.steps += [(path, step) for step in _steps(made, module, chains_here)]
     check_order(model, [*weights, *(site.path for site, _ in made.deltas)])
     return made
 
@@ -74,10 +78,10 @@ def drops(method: Method) -> bool:
     )
 
 
-def refusal(part: Part, site: Site, name: str, found: str) -> GraftError:
+def refusal(what: str, site: Site, text: str, found: str) -> GraftError:
     """A method that cannot run row by row."""
-    do = f"run its rows as a batch of their own, with gw.using(model, {name!r})"
-    return GraftError(f"one adapter per row: {part.method.name} at {site.key} ({name})", found, do)
+    do = f"give the rows of {text} a batch of their own, with gw.using(model, {text!r})"
+    return GraftError(f"one adapter per row: {what} at {site.key}", found, do)
 
 
 def slots(chains: Sequence[Sequence[Part]]) -> list[dict[int, Part]]:
@@ -86,9 +90,7 @@ def slots(chains: Sequence[Sequence[Part]]) -> list[dict[int, Part]]:
     for n, chain in enumerate(chains):
         at = 0
         for part in chain:
-            same = (
-                i for i in range(at, len(out)) if next(iter(out[i].values())).method.name == part.method.name
-            )
+            same = (i for i in range(at, len(out)) if next(iter(out[i].values())).method.name == part.method.name)
             i = next(same, None)
             if i is None:
                 i = at
@@ -126,22 +128,17 @@ def _alike(members: Members) -> Iterator[tuple[Members, list[Any]]]:
     return iter(groups.values())
 
 
-def _steps(
-    made: Table, module: nn.Module, chains: Mapping[int, list[tuple[Site, WeightDelta]]], texts: Sequence[str]
-) -> Iterator[Any]:
+def _steps(made: Table, module: nn.Module, chains: Mapping[int, list[tuple[Site, WeightDelta]]]) -> Iterator[Any]:
     """The steps of one module's weights: first by their fast forms, then, whole weights for the chains that have none."""
-    fast: dict[tuple[str, str, int], Members] = {}
+    grouped: dict[tuple[str, str, int], Members] = {}
     dense: dict[int, list[WeightDelta]] = {}
     for n, chain in chains.items():
-        deltas = [d for _, d in chain]
-        kinds = [form(module, d) for d in deltas]
-        if "" in kinds or not (len(deltas) == 1 or all(d.additive for d in deltas) or _disjoint(deltas)):
-            _check_dense(module, chain[0][0], texts[n])
-            dense[n] = deltas
-            continue
-        for i, ((site, delta), kind) in enumerate(zip(chain, kinds, strict=True)):
-            fast.setdefault((kind, site.key, i), {})[n] = delta
-    for (kind, key, _), members in fast.items():
+        kinds = fast(module, [d for _, d in chain])
+        if not kinds:
+            dense[n] = [d for _, d in chain]
+        for i, ((site, delta), kind) in enumerate(zip(chain if kinds else (), kinds, strict=True)):
+            grouped.setdefault((kind, site.key, i), {})[n] = delta
+    for (kind, key, _), members in grouped.items():
         names = tuple(dict.fromkeys(name for d in members.values() for name in d.names()))  # type: ignore[attr-defined]
         if kind == "factors":
             yield LowRanks(made, key, members, names)
@@ -157,6 +154,13 @@ def _steps(
                 yield step
     if dense:
         yield _dense(made, module, next(iter(chains.values()))[0][0], dense)
+
+
+def fast(module: nn.Module, deltas: Sequence[WeightDelta]) -> list[str]:
+    """The forms of one adapter's deltas on a module, or nothing where they do not all have one that the others allow."""
+    kinds = [form(module, d) for d in deltas]
+    free = len(deltas) == 1 or all(d.additive for d in deltas) or _disjoint(list(deltas))
+    return kinds if free and "" not in kinds else []
 
 
 @torch.no_grad()
@@ -175,15 +179,16 @@ def form(module: nn.Module, delta: WeightDelta) -> str:
     return "lookup" if looked_up and delta.factors() is not None else ""
 
 
-def _check_dense(module: nn.Module, site: Site, text: str) -> None:
+def _vectors(module: nn.Module) -> bool:
+    """Whether the module holds vectors and nothing else, as a norm does."""
     own = [p for p in module._parameters.values() if p is not None]
-    vectors = not list(module.children()) and all(p.dim() < 2 for p in own)
-    if not (site.weight.linear if "weight" in module._parameters else vectors) and not (
-        vectors or isinstance(module, _ConvNd | nn.Embedding)
-    ):
-        found = f"a weight inside {type(module).__name__}, which cannot be applied row by row"
-        do = f"run its rows as a batch of their own, with gw.using(model, {text!r})"
-        raise GraftError(f"one adapter per row: {text!r} at {site.key}", found, do)
+    return all(name == "graft" for name in module._modules) and all(p.dim() < 2 for p in own)
+
+
+def whole(module: nn.Module, site: Site) -> bool:
+    """Whether the module can run with another weight for each row: axis 0 of its one input is the batch, and stays apart."""
+    linear = getattr(module, "weight", None) is not None and site.weight.linear
+    return linear or _vectors(module) or isinstance(module, _ConvNd | nn.Embedding)
 
 
 @torch.no_grad()
@@ -198,6 +203,5 @@ def _dense(made: Table, module: nn.Module, site: Site, members: dict[int, list[W
         do = "rows of one batch share one output tensor: run those of each size as a batch of their own, with gw.using"
         raise GraftError(f"one adapter per row at {site.key}", f"weights of different shapes, {found}", do)
     numbers = sum(torch.Size(s).numel() for s in next(iter(shapes)) if s is not None) * len(step.covered)
-    own = [p for p in module._parameters.values() if p is not None]
-    step.together = numbers <= LARGEST and (site.weight.linear if own[0].dim() == 2 else all(p.dim() < 2 for p in own))
+    step.together = numbers <= LARGEST and (_vectors(module) or site.weight.linear)
     return step

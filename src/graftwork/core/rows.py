@@ -20,7 +20,6 @@ from .likeness import MASK
 from .passes import Runtime
 
 if TYPE_CHECKING:
-    from .delta import Delta
     from .rowwise import Group, Step
     from .site import Site
 
@@ -32,6 +31,7 @@ class Table:
 
     given: how many rows were named;  rows: how many runs they make, all of the same length;  index: the number of each run's
     expression, None for the bare backbone;  deltas, steps: the groups, as `install` hangs them up;
+    uniform: all rows have the same expression, so that the plain plan serves them;
     epoch: moves on when a parameter has changed;  learning: some parameter asks for gradients.
     """
 
@@ -40,7 +40,7 @@ class Table:
         length = math.gcd(*(len(list(run)) for _, run in groupby(texts)))
         self.given, self.runtime = len(texts), runtime
         self.index = [None if t is None else numbers[t] for t in texts[::length]]
-        self.rows = len(self.index)
+        self.rows, self.uniform = len(self.index), len(set(self.index)) == 1
         self.deltas: list[tuple[Site, Any]] = []
         self.steps: list[tuple[str, Step]] = []
         self.parameters: list[Tensor] = []
@@ -48,18 +48,30 @@ class Table:
         self.batch, self.lengths, self.uneven = self.given, set[int](), ""
         self.epoch, self.learning = 0, False
         self.state: tuple[Any, ...] = ()
+        self.indices: dict[Any, Tensor] = {}
+
+    def at(self, places: Sequence[int], device: torch.device) -> Tensor:
+        """These numbers as a tensor, which is moved to the device once."""
+        key = tuple(places), device
+        if key not in self.indices:
+            self.indices[key] = torch.tensor(places, device=device)
+        return self.indices[key]
 
     def begin(self, training: bool, args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
         """A pass begins with these inputs. GraftError where they are not the rows that were named."""
         given = [*(("", t) for t in args), *kwargs.items()]
         inputs = [(name, t) for name, t in given if isinstance(t, Tensor) and t.dim() and name not in POSITIONS]
         if not inputs:
-            raise GraftError(f"a pass with {self.given} rows", "no tensor among the inputs", "call the model with a batch")
+            raise GraftError(
+                f"a pass with {self.given} rows", "no tensor among the inputs", "call the model with a batch"
+            )
         main = next((t for _, t in inputs if t.dim() > 1), inputs[0][1])
         self.batch = main.shape[0]
         if self.batch != self.given and not (self.runtime.generating and self.batch % self.given == 0 and self.batch):
             found = f"a batch of {self.batch} and {self.given} names in rows(...)"
-            raise GraftError("one adapter per row", found, "give one name for each row of the batch, None for the backbone")
+            raise GraftError(
+                "one adapter per row", found, "give one name for each row of the batch, None for the backbone"
+            )
         self.lengths = {t.shape[1] for _, t in inputs if t.dim() > 1 and t.shape[0] == self.batch}
         self.uneven = next((n or "an input" for n, t in inputs if t.dim() > 2 and t.shape[0] != self.batch), "")
         if training and self.dropping:
@@ -83,7 +95,11 @@ class Table:
         now = (versions(tensors), [(t.dtype, t.device) for t in tensors[:1]], torch.is_inference_mode_enabled())
         kept = self.runtime.stacks.get(key)
         if kept is None or kept[0] != now:
-            self.runtime.stacks[key] = kept = (now, make(), group.deltas)  # the deltas are held, so that ids stay theirs
+            self.runtime.stacks[key] = kept = (
+                now,
+                make(),
+                group.deltas,
+            )  # the deltas are held, so that ids stay theirs
         return kept[1]  # type: ignore[no-any-return]
 
     def check(self, t: Tensor, key: str) -> None:
@@ -121,7 +137,7 @@ class Table:
             if isinstance(value, list | tuple) and len(value) == self.batch and not isinstance(value[0], str):
                 t = torch.as_tensor(value)
             if isinstance(t, Tensor) and t.dim() and t.shape[0] == self.batch:
-                each[name] = t.reshape(self.rows, -1, *t.shape[1:])[torch.tensor(rows, device=t.device)]
+                each[name] = t.reshape(self.rows, -1, *t.shape[1:])[self.at(rows, t.device)]
             else:
                 shared[name] = value
         return each, shared
@@ -151,4 +167,6 @@ def check_order(model: nn.Module, paths: Iterable[str]) -> None:
             around = at.rpartition(".")[0]
             if path == at or path.startswith(f"{around}." if around else ""):
                 found = f"{at} takes [seq, batch, d]: its axis 0 is not the batch"
-                raise GraftError(f"one adapter per row at {path}", found, "use batch_first=True, or one adapter at a time")
+                raise GraftError(
+                    f"one adapter per row at {path}", found, "use batch_first=True, or one adapter at a time"
+                )

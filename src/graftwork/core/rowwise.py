@@ -38,7 +38,7 @@ class Group:
         self.table, self.key, self.deltas = table, key, list(members.values())
         number = {chain: i for i, chain in enumerate(members)}
         self.places = [number.get(chain, len(self.deltas)) for chain in table.index]
-        self.covered = [row for row, place in enumerate(self.places) if place < len(self.deltas)]
+        self.covered = tuple(row for row, place in enumerate(self.places) if place < len(self.deltas))
         self.whole = len(self.covered) == len(self.places)
         self.gathered: list[Tensor | None] | None = None
         self.epoch = -1
@@ -58,7 +58,7 @@ class Group:
         """t [deltas, ...] as [rows, ...]; t itself where every row has its own."""
         if self.places == list(range(t.shape[0])):
             return t
-        return t.index_select(0, torch.tensor(self.places, device=t.device))
+        return t.index_select(0, self.table.at(self.places, t.device))
 
     def tensors(self) -> list[Tensor | None]:
         """The tensors of each row: built anew where gradients are wanted, otherwise once."""
@@ -71,12 +71,45 @@ class Group:
         return self.gathered
 
     def adapted(self, name: str, stored: Tensor | None) -> Tensor | None:
-        """Read around the module, a weight would have to be the same for all rows."""
-        raise GraftError(
-            f"the adapted {name!r} at {self.key}",
-            "something reads it without calling the module, and each row has another one",
-            "activate one adapter at a time, with gw.using(model, name) for its rows",
-        )
+        """What somebody sees who reads the weight around the module: its shape and dtype, no numbers."""
+        if stored is None:
+            raise _differs(name, self.key)
+        if isinstance(stored, PerRow):
+            return stored
+        seen = stored.detach().as_subclass(PerRow)  # type: ignore[no-untyped-call]
+        seen.about = (name, self.key)
+        return seen
+
+
+def _differs(name: str, key: str) -> GraftError:
+    return GraftError(
+        f"the adapted {name!r} at {key}",
+        "something reads it without calling the module, and each row has another one",
+        "activate one adapter at a time, with gw.using(model, name) for its rows",
+    )
+
+
+_T: Any = torch.Tensor
+_SAID = {
+    getattr(_T, name).__get__
+    for name in ("dtype", "device", "shape", "ndim", "layout", "requires_grad", "is_cuda", "is_meta")
+}
+_SAID |= {_T.size, _T.dim, _T.numel, _T.is_floating_point, _T.element_size, _T.__len__}
+
+
+class PerRow(torch.Tensor):
+    """A weight that each row has another one of: models ask for its dtype, but nobody may compute with it."""
+
+    about: tuple[str, str] = ("", "")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _SAID:
+            return super().__torch_function__(func, types, args, kwargs or {})
+        flat = [
+            a for arg in (*args, *(kwargs or {}).values()) for a in (arg if isinstance(arg, list | tuple) else [arg])
+        ]
+        raise _differs(*next((a.about for a in flat if isinstance(a, cls)), cls.about))
 
 
 class Step(Group):
@@ -127,7 +160,9 @@ class LowRanks(Step):
 class Lookups(LowRanks):
     """The same on a host that looks its input up: y += B A[:, id]. The As stand one after the other in one table."""
 
-    def __init__(self, table: Table, key: str, members: dict[int, Any], names: tuple[str, ...], host: nn.Module) -> None:
+    def __init__(
+        self, table: Table, key: str, members: dict[int, Any], names: tuple[str, ...], host: nn.Module
+    ) -> None:
         super().__init__(table, key, members, names)
         self.host = host
 
@@ -135,7 +170,7 @@ class Lookups(LowRanks):
         down, up = stack
         assert down is not None and up is not None
         vocabulary = down.shape[2]
-        first = torch.tensor(self.places, device=down.device)[:, None] * vocabulary
+        first = self.table.at(self.places, down.device)[:, None] * vocabulary
         return [down.mT.reshape(-1, down.shape[1]), self.of_rows(up), first]
 
     def edit(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
@@ -158,7 +193,9 @@ class Diagonals(Step):
         self.enters = any(delta.diagonal()[0] is not None for delta in self.deltas)
 
     def stack(self) -> list[Tensor | None]:
-        return [self._stack(vectors, n) for n, vectors in enumerate(zip(*(d.diagonal() for d in self.deltas), strict=True))]
+        return [
+            self._stack(vectors, n) for n, vectors in enumerate(zip(*(d.diagonal() for d in self.deltas), strict=True))
+        ]
 
     def _stack(self, vectors: Sequence[Tensor | None], n: int) -> Tensor | None:
         known = [v for v in vectors if v is not None]
@@ -202,7 +239,13 @@ class Denses(Step):
     """
 
     def __init__(
-        self, table: Table, key: str, members: dict[int, list[WeightDelta]], names: tuple[str, ...], host: nn.Module, together: bool
+        self,
+        table: Table,
+        key: str,
+        members: dict[int, list[WeightDelta]],
+        names: tuple[str, ...],
+        host: nn.Module,
+        together: bool,
     ) -> None:
         super().__init__(table, key, members, names)
         self.host, self.together, self.span = host, together, None
@@ -219,11 +262,13 @@ class Denses(Step):
 
     def stack(self) -> list[Tensor | None]:
         columns = zip(*map(self.values, self.deltas), strict=True)
-        return [torch.stack([t for t in column if t is not None]) if column[0] is not None else None for column in columns]
+        return [
+            torch.stack([t for t in column if t is not None]) if column[0] is not None else None for column in columns
+        ]
 
     def gather(self, stack: list[Tensor | None]) -> list[Tensor | None]:
         places = [self.places[row] for row in self.covered]
-        return [None if t is None else t.index_select(0, torch.tensor(places, device=t.device)) for t in stack]
+        return [None if t is None else t.index_select(0, self.table.at(places, t.device)) for t in stack]
 
     def __call__(self, call: Base, base: Base, x: Tensor, *rest: Any) -> Tensor:
         if rest:
@@ -231,7 +276,7 @@ class Denses(Step):
             raise GraftError(f"rows at {self.key}", found, "activate one adapter at a time for its rows")
         x = self.table.wide(x, self.key)
         xs = x.reshape(self.table.rows, -1, *x.shape[1:])
-        rows = torch.tensor(self.covered, device=x.device)
+        rows = self.table.at(self.covered, x.device)
         new = self._together(base, xs if self.whole else xs[rows]) if self.together else self._apart(base, xs)
         if self.whole:
             return new.flatten(0, 1)
@@ -248,11 +293,10 @@ class Denses(Step):
         return torch.func.vmap(lambda x, v: self._run(base, x, v), in_dims=dims)(xs, values)  # type: ignore[no-any-return]
 
     def _apart(self, base: Base, xs: Tensor) -> Tensor:
-        outs: list[Tensor] = [xs] * len(self.covered)
+        outs, order = [], []
         for i, chain in enumerate(self.deltas):
             at = [n for n, row in enumerate(self.covered) if self.places[row] == i]
-            mine = xs[torch.tensor([self.covered[n] for n in at], device=xs.device)]
-            y = self._run(base, mine.flatten(0, 1), self.values(chain)).unflatten(0, mine.shape[:2])
-            for n, one in zip(at, y, strict=True):
-                outs[n] = one
-        return torch.stack(outs)
+            mine = xs[self.table.at([self.covered[n] for n in at], xs.device)]
+            outs.append(self._run(base, mine.flatten(0, 1), self.values(chain)).unflatten(0, mine.shape[:2]))
+            order += at
+        return torch.cat(outs)[self.table.at(order, xs.device).argsort()]

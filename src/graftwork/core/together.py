@@ -19,7 +19,7 @@ from .plan import Host
 from .rowwise import Base, Group, Step
 
 if TYPE_CHECKING:
-    from .rows import Table
+    pass
 
 
 class Like(Group):
@@ -33,11 +33,13 @@ class Like(Group):
     def stack(self) -> list[Tensor | None]:
         columns = [[home[name] for home, name in column] for column in zip(*self.slots, strict=True)]
         # a frozen tensor that all have (a random projection from one seed) is there once
-        return [torch.stack(c) if any(t.requires_grad or not torch.equal(t, c[0]) for t in c) else None for c in columns]
+        return [
+            torch.stack(c) if any(t.requires_grad or not torch.equal(t, c[0]) for t in c) else None for c in columns
+        ]
 
     def of_rows(self, t: Tensor) -> Tensor:
         places = [self.places[row] for row in self.covered]
-        return t if places == list(range(t.shape[0])) else t.index_select(0, torch.tensor(places, device=t.device))
+        return t if places == list(range(t.shape[0])) else t.index_select(0, self.table.at(places, t.device))
 
     def run(self, function: str, *ts: Tensor, **fixed: Any) -> Tensor:
         """delta.function of [covered rows, k, ...] tensors, each row through its own delta."""
@@ -66,23 +68,23 @@ class Like(Group):
         for i, delta in enumerate(self.deltas):
             at = [n for n, row in enumerate(self.covered) if self.places[row] == i]
             side, shared = self.table.sides([self.covered[n] for n in at])
-            xs = [t[torch.tensor(at, device=t.device)] for t in ts]
+            xs = [t[self.table.at(at, t.device)] for t in ts]
             with narrowed(self.table.runtime, shared | {name: t.flatten(0, 1) for name, t in side.items()}):
                 y = call(delta, function, tuple(x.flatten(0, 1) for x in xs), fixed)
             outs.append(y.unflatten(0, xs[0].shape[:2]))
             order += at
-        return torch.cat(outs)[torch.tensor(order, device=ts[0].device).argsort()]
+        return torch.cat(outs)[self.table.at(order, ts[0].device).argsort()]
 
     def split(self, t: Tensor) -> Tensor:
         """[covered rows, k, ...] of a tensor of the whole batch."""
         t = t.reshape(self.table.rows, -1, *t.shape[1:])
-        return t if self.whole else t.index_select(0, torch.tensor(self.covered, device=t.device))
+        return t if self.whole else t.index_select(0, self.table.at(self.covered, t.device))
 
     def joined(self, y: Tensor, new: Tensor) -> Tensor:
         """y of the whole batch with the covered rows replaced."""
         if self.whole:
             return new.reshape(y.shape)
-        rows = torch.tensor(self.covered, device=y.device)
+        rows = self.table.at(self.covered, y.device)
         return y.reshape(self.table.rows, -1, *y.shape[1:]).index_copy(0, rows, new.to(y.dtype)).reshape(y.shape)
 
 
@@ -148,7 +150,7 @@ class Attends(Group):
         outs, at = [], []
         for i in range(len(self.deltas) + (not self.whole)):
             runs = [row for row, place in enumerate(self.places) if place == i]
-            rows = torch.tensor([r * size + n for r in runs for n in range(size)], device=q.device)
+            rows = self.table.at([r * size + n for r in runs for n in range(size)], q.device)
             seen = mask[rows] if mask is not None and mask.shape[0] == batch > 1 else mask
             side, shared = self.table.sides(runs)
             deltas = self.deltas[i] if i < len(self.deltas) else ()
