@@ -249,6 +249,31 @@ def test_another_assignment_keeps_the_stacks() -> None:
     assert not stacks
 
 
+def test_stacks_do_not_pile_up() -> None:
+    model, inputs = grafted("bert", *(gw.LoRA(r=2), gw.LNTuning()) * 3), BY_NAME["bert"].inputs()
+    for names in (["a", "b", None], ["c", "d", None], ["e", "f", None], ["a", "b", None], ["b", "a", None]):
+        together(model, names, inputs)
+    runtime = root_of(model).runtime
+    assert 0 < len(runtime.stacks) == len(set(runtime.stacks)) and len(runtime.stacks) <= len(grafted_modules(model))
+
+
+def grafted_modules(model: nn.Module) -> list[str]:
+    return [name for name, m in model.named_modules() if "graft" in m._modules]
+
+
+def test_a_rotation_from_a_file_that_is_trained_on(tmp_path: Any) -> None:
+    model, inputs = grafted("llama", *METHODS["loreft"]), BY_NAME["llama"].inputs()
+    for name in "ab":
+        gw.save(model, name, tmp_path / name)
+        gw.remove(model, name)
+        gw.load(model, tmp_path / name, name)
+    close(together(model, ["a", "b", None], inputs), alone(model, ["a", "b", None], inputs))
+    model = copy.deepcopy(model)
+    for adapter in gw.adapters(model).values():
+        leave_init(adapter)
+    close(together(model, ["a", "b", None], inputs), alone(model, ["a", "b", None], inputs))
+
+
 def test_copies_carry_on() -> None:
     model, inputs = grafted("bert", gw.LoRA(r=2), gw.Bottleneck(d=3)), BY_NAME["bert"].inputs()
     gw.activate(model, gw.rows(["a", "b", None]))

@@ -28,9 +28,11 @@ class Delta(nn.Module):
         around(base, *args, **kwargs)           the general form: may change inputs, skip the module, or call it twice
 
     source: which tensor x is: the "input" of the module that is edited, the sub-layer's "entry", or the input of its "norm".
+    itself: it looks at its parameters themselves (their version), so that no other tensors may stand in for them.
     """
 
     source: str = "input"
+    itself: bool = False
     runtime: Runtime  # set when the delta is attached
     key: str  # the site's key, set likewise
     pruned: int = 0  # entries of its parameters that are held at zero, and not counted

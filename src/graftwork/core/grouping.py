@@ -67,6 +67,7 @@ def table(model: nn.Module, rows: Rows, adapters: Mapping[str, Adapter], runtime
                 raise refusal(spoken[id(chain[0][1])], chain[0][0], distinct[n][0], found)
         made.steps += [(path, step) for step in _steps(made, module, chains_here)]
     check_order(model, [*weights, *(site.path for site, _ in made.deltas)])
+    made.prune()
     return made
 
 
@@ -113,7 +114,7 @@ def _forwards(made: Table, site: Site, members: Members) -> Iterator[Forwards]:
     for group, slots_of in _alike(members):
         one = Forwards(made, site.key, group)
         one.source = next(iter(group.values())).source
-        one.setup(slots_of, apart=any(d.overrides("enter") for d in group.values()))
+        one.setup(slots_of, apart=any(d.overrides("enter") or d.itself for d in group.values()))
         yield one
 
 
@@ -139,7 +140,7 @@ def _steps(made: Table, module: nn.Module, chains: Mapping[int, list[tuple[Site,
         for i, ((site, delta), kind) in enumerate(zip(chain if kinds else (), kinds, strict=True)):
             grouped.setdefault((kind, site.key, i), {})[n] = delta
     for (kind, key, _), members in grouped.items():
-        names = tuple(dict.fromkeys(name for d in members.values() for name in d.names()))  # type: ignore[attr-defined]
+        names = tuple(dict.fromkeys(name for d in members.values() for name in d.names()))  # type: ignore[operator]
         if kind == "factors":
             yield LowRanks(made, key, members, names)
         elif kind == "lookup":
@@ -150,7 +151,7 @@ def _steps(made: Table, module: nn.Module, chains: Mapping[int, list[tuple[Site,
             for group, slots_of in _alike(members):
                 step = Linears(made, key, group, names)
                 step.host = module
-                step.setup(slots_of, apart=False)
+                step.setup(slots_of, apart=any(d.itself for d in group.values()))
                 yield step
     if dense:
         yield _dense(made, module, next(iter(chains.values()))[0][0], dense)
@@ -196,7 +197,7 @@ def _dense(made: Table, module: nn.Module, site: Site, members: dict[int, list[W
     names = tuple(dict.fromkeys(name for chain in members.values() for d in chain for name in d.names()))
     step = Denses(made, site.key, members, names, module, together=False)
     shapes = {tuple(None if v is None else tuple(v.shape) for v in step.values(chain)) for chain in step.deltas}
-    if not step.whole or len(members) < len({n for n in made.index}):
+    if not step.whole or len(members) < len(set(made.index)):
         shapes.add(tuple(None if (p := module._parameters[n]) is None else tuple(p.shape) for n in names))
     if len(shapes) > 1:
         found = " and ".join(sorted(str([list(s) for s in shape if s is not None]) for shape in shapes))

@@ -138,7 +138,7 @@ def compile_plans(model: nn.Module, chain: Sequence[str], rows: Table | None = N
         bypassable.add(path)
         plan_of(path).rowwise.append(step)
         for name in step.names:
-            plan_of(path).weights.setdefault(name, []).append(step)
+            plan_of(path).weights.setdefault(name, []).append(step)  # type: ignore[arg-type]
     if attends:
         register_interface()
     disarm_all(model)

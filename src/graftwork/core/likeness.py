@@ -78,7 +78,7 @@ def swapped(slots: Sequence[Slot], tensors: Sequence[Any]) -> Iterator[None]:
             home[name] = t
 
 
-class Stateful(Exception):
+class SharedStateError(Exception):
     """A function that was to run on rows apart asked for what all rows share."""
 
 
@@ -86,7 +86,7 @@ class _Closed(dict[Any, Any]):
     """The state of a pass, out of reach."""
 
     def _refuse(self, *_: Any) -> Any:
-        raise Stateful
+        raise SharedStateError
 
     __getitem__ = __setitem__ = __contains__ = get = pop = setdefault = __iter__ = _refuse
 

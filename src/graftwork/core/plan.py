@@ -18,7 +18,7 @@ from .errors import GraftError
 from .passes import Runtime
 
 if TYPE_CHECKING:
-    from .rowwise import Step
+    from .group import Step
     from .weight import Weight
 
 

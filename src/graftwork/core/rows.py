@@ -20,7 +20,7 @@ from .likeness import MASK
 from .passes import Runtime
 
 if TYPE_CHECKING:
-    from .rowwise import Group, Step
+    from .group import Group, Step
     from .site import Site
 
 POSITIONS = ("position_ids", "cache_position")  # inputs that need not have the batch's rows
@@ -91,7 +91,7 @@ class Table:
     def stacked(self, group: Group, make: Callable[[], list[Tensor | None]]) -> list[Tensor | None]:
         """The group's stack: the one that an earlier activation left, where nothing has moved since, or a new one."""
         tensors = list(tensors_of(group.deltas))
-        key = (type(group).__name__, group.key, group.whole, *map(id, group.deltas if tensors else [group]))
+        key = group.identity
         now = (versions(tensors), [(t.dtype, t.device) for t in tensors[:1]], torch.is_inference_mode_enabled())
         kept = self.runtime.stacks.get(key)
         if kept is None or kept[0] != now:
@@ -101,6 +101,12 @@ class Table:
                 group.deltas,
             )  # the deltas are held, so that ids stay theirs
         return kept[1]  # type: ignore[no-any-return]
+
+    def prune(self) -> None:
+        """Let the stacks go that no group of this activation uses."""
+        used = {group.identity for _, group in (*self.deltas, *self.steps)}
+        for key in [key for key in self.runtime.stacks if key not in used]:
+            del self.runtime.stacks[key]
 
     def check(self, t: Tensor, key: str) -> None:
         """GraftError unless axis 0 of the input of a site is the batch, or the batch with each row several times in a row."""

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from .attention import Attention, chain
 from .delta import Delta
-from .likeness import Slot, Stateful, narrowed, swapped
+from .group import Base, Group, Step
+from .likeness import SharedStateError, Slot, narrowed, swapped
 from .plan import Host
-from .rowwise import Base, Group, Step
 
 if TYPE_CHECKING:
     pass
@@ -46,7 +46,7 @@ class Like(Group):
         if not self.apart:
             try:
                 return self._together(function, ts, fixed | {"base": None})
-            except (Stateful, RuntimeError, NotImplementedError):
+            except (SharedStateError, RuntimeError, NotImplementedError):
                 # what the function does (a branch on values, state of the pass) does not vectorise; a true error comes again below
                 self.apart = True
         return self._each(function, ts, fixed)
@@ -96,10 +96,10 @@ def call(delta: Delta, function: str, x: tuple[Tensor, ...], fixed: dict[str, An
 
     def base(other: Tensor) -> Tensor:
         if other is not given and fixed["base"] is None:
-            raise Stateful
+            raise SharedStateError
         return y if other is given else fixed["base"](other)
 
-    return delta.linear(given, base, fixed["host"])  # type: ignore[attr-defined, no-any-return]
+    return delta.linear(given, base, fixed["host"])  # type: ignore[operator, no-any-return]
 
 
 class Linears(Like, Step):
