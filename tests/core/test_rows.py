@@ -330,6 +330,17 @@ def test_flattened_tokens() -> None:
     close(together(model, names, inputs), alone(model, names, inputs))
 
 
+def test_a_mixture_of_experts_beside_its_experts() -> None:
+    model, inputs = grafted("experts", gw.LoRA(r=2), gw.Bottleneck(d=3, at="attn, mlp")), BY_NAME["experts"].inputs()
+    close(together(model, ["a", "b", None], inputs), alone(model, ["a", "b", None], inputs))
+
+
+@pytest.mark.parametrize("method", [gw.LoRA(r=2, at="/wpe/"), gw.Full(at="/wpe/"), gw.Bottleneck(d=3, at="/wpe/")])
+def test_positions_that_all_rows_share(method: Any) -> None:
+    model, inputs = grafted("gpt2", method, gw.LoRA(r=3)), BY_NAME["gpt2"].inputs()
+    close(together(model, ["a", "b", None], inputs), alone(model, ["a", "b", None], inputs))
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -378,10 +389,16 @@ def test_another_backbones_adapter() -> None:
 
 @pytest.mark.parametrize(
     ("host", "method"),
-    [("bert", gw.Prompt(length=2)), ("bert", gw.Ladder(r=3)), ("experts", gw.LoRA(r=2, at="expert.down"))],
+    [
+        ("bert", gw.Prompt(length=2)),
+        ("bert", gw.Ladder(r=3)),
+        ("experts", gw.LoRA(r=2, at="expert.down")),
+        ("experts", gw.LoRA(r=2, at="router")),
+        ("multihead", gw.LoRA(r=2, at="q")),
+    ],
 )
 def test_methods_that_cannot(host: str, method: Any) -> None:
-    model, inputs = grafted(host, method, gw.LoRA(r=2)), BY_NAME[host].inputs()
+    model, inputs = grafted(host, method, gw.LoRA(r=2, at="q, v | linear")), BY_NAME[host].inputs()
     before = alone(model, ["b"] * 3, inputs)
     gw.activate(model, "b")
     with pytest.raises(gw.GraftError, match=r"(?s)one adapter per row.*'a'.*gw.using") as caught:

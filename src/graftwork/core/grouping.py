@@ -24,9 +24,8 @@ from .rowwise import Denses, Diagonals, Lookups, LowRanks
 from .site import Site
 from .together import Attends, Forwards, Linears
 
-LARGEST = (
-    2**25
-)  # numbers: weights of all rows together that are made at once (128 MiB in float32); larger ones one adapter at a time
+# numbers: weights of all rows together that are made at once (128 MiB in float32); larger ones run one adapter at a time
+LARGEST = 2**25
 AFFINE = (nn.Linear, _ConvNd, nn.LayerNorm, nn.GroupNorm, _BatchNorm, nn.Embedding)  # y = f(x) + bias, or without one
 
 Members = dict[int, Delta]  # number of the expression -> its delta
@@ -41,7 +40,8 @@ def table(model: nn.Module, rows: Rows, adapters: Mapping[str, Adapter], runtime
     chains = [[part for name in e.names() for part in adapters[name].parts] for _, e in distinct]
     owners = {id(part): name for name, a in adapters.items() for part in a.parts}
     deltas = [d for chain in chains for part in chain for d in part.deltas.values()]
-    made.parameters = list(dict.fromkeys(tensors_of([*deltas, *(p.shared_modules for chain in chains for p in chain)])))
+    held = dict.fromkeys(tensors_of([*deltas, *(p.shared_modules for chain in chains for p in chain)]))
+    made.parameters = [t for t in held if not t.is_inference()]  # those have no version, and never change
     made.dropping = next((str(p.method) for chain in chains for p in chain if drops(p.method)), None)
     weights: dict[str, dict[int, list[tuple[Site, WeightDelta]]]] = {}
     spoken: dict[int, str] = {}  # what a refusal calls a delta

@@ -84,7 +84,12 @@ class Table:
         """Have the parameters moved since they were stacked?"""
         if self.parameters:
             first = self.parameters[0]
-            state = (versions(self.parameters), first.dtype, first.device, torch.is_inference_mode_enabled())
+            state = (
+                sum([t._version for t in self.parameters]),
+                first.dtype,
+                first.device,
+                torch.is_inference_mode_enabled(),
+            )
             if state != self.state:
                 self.state, self.epoch = state, self.epoch + 1
 
