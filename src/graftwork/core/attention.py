@@ -36,15 +36,22 @@ class Attention:
     def __init__(
         self,
         module: nn.Module,
-        call: Callable[[Tensor, Tensor, Tensor, Tensor | None, int], Tensor],
+        call: Callable[..., Tensor],
         scaling: float,
         groups: int,
         keys: int,
+        rows: Tensor | None = None,
     ) -> None:
         self.module, self._call, self.scaling, self.groups, self.keys = module, call, scaling, groups, keys
+        self._rows = rows
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return self._call(q, k, v, mask, k.shape[2] - self.keys)
+        extra = k.shape[2] - self.keys
+        return self._call(q, k, v, mask, extra) if self._rows is None else self._call(q, k, v, mask, extra, self._rows)
+
+    def on(self, rows: Tensor) -> Attention:
+        """The same attention for these rows of the batch: q, k, v and mask are given for them alone."""
+        return Attention(self.module, self._call, self.scaling, self.groups, self.keys, rows)
 
 
 def projected(rows: Tensor, site: Site, heads: int) -> Tensor:
@@ -76,7 +83,7 @@ def extend(mask: Any, extra: int, keys: int) -> Any:
     return F.pad(mask, (extra, 0), value=True if mask.dtype == torch.bool else (0 if mask.is_floating_point() else 1))
 
 
-def _chain(deltas: Sequence[Any], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, base: Attention) -> Tensor:
+def chain(deltas: Sequence[Any], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, base: Attention) -> Tensor:
     """The first delta is innermost: the next ones see its attention as their base."""
     call = base
     for delta in deltas:
@@ -87,8 +94,8 @@ def _chain(deltas: Sequence[Any], q: Tensor, k: Tensor, v: Tensor, mask: Tensor 
 def _seen(delta: Any, inner: Attention) -> Attention:
     """The attention of a delta on `inner`. Keys that an outer delta put in front are part of what this one is given."""
 
-    def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, extra: int) -> Tensor:
-        return delta.attend(q, k, v, mask, inner)
+    def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, extra: int, rows: Tensor | None = None) -> Tensor:
+        return delta.attend(q, k, v, mask, inner if rows is None else inner.on(rows))
 
     return Attention(inner.module, call, inner.scaling, inner.groups, inner.keys)
 
@@ -141,10 +148,15 @@ def _interface(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     name = module.__dict__["config"]._attn_implementation
     implementation = functions.get_interface(name, _source(module, "eager_attention_forward"))
     weights: list[Any] = [None]
-    keys = k.shape[2]
+    batch, keys = k.shape[0], k.shape[2]
 
-    def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, extra: int) -> Tensor:
+    def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, extra: int, rows: Tensor | None = None) -> Tensor:
         given = dict(kwargs)
+        if rows is not None:
+            per_row = {
+                n: t for n, t in given.items() if isinstance(t, Tensor) and t.dim() > 1 and t.shape[0] == batch > 1
+            }
+            given |= {n: t[rows] for n, t in per_row.items()}
         if extra:
             causal = given.get("is_causal")
             causal = getattr(module, "is_causal", True) if causal is None else causal
@@ -154,13 +166,15 @@ def _interface(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
             if given.get("position_bias") is not None:
                 given["position_bias"] = extend(given["position_bias"], extra, keys)
         out, weights[0] = implementation(module, q, k, v, mask, **given)
+        if rows is not None:
+            weights[0] = None  # those of some rows are not those of the batch
         return out.transpose(1, 2)
 
     scaling = kwargs.get("scaling")
     base = Attention(module, call, q.shape[-1] ** -0.5 if scaling is None else scaling, q.shape[1] // k.shape[1], keys)
     module.graft.attending = False  # the implementation itself may read the config
     try:
-        out = _chain(module.graft.plan.attend, q, k, v, mask, base)
+        out = chain(module.graft.plan.attend, q, k, v, mask, base)
     finally:
         module.graft.attending = True
     module.graft.runtime.state["attended"] = True
@@ -221,7 +235,9 @@ class _Catch(TorchFunctionMode):
     ) -> Tensor:
         self.caught = True
 
-        def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, extra: int) -> Tensor:
+        def call(
+            q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, extra: int, rows: Tensor | None = None
+        ) -> Tensor:
             causal = is_causal and mask is None
             if extra and causal:
                 mask, causal = causal_mask(q.shape[2], key.shape[2], q.device), False
@@ -231,7 +247,7 @@ class _Catch(TorchFunctionMode):
 
         scaling = query.shape[-1] ** -0.5 if scale is None else scale
         base = Attention(self.module, call, scaling, query.shape[1] // key.shape[1], key.shape[2])
-        return _chain(self.deltas, query, key, value, attn_mask, base)
+        return chain(self.deltas, query, key, value, attn_mask, base)
 
 
 @contextmanager

@@ -28,9 +28,11 @@ class Delta(nn.Module):
         around(base, *args, **kwargs)           the general form: may change inputs, skip the module, or call it twice
 
     source: which tensor x is: the "input" of the module that is edited, the sub-layer's "entry", or the input of its "norm".
+    itself: it looks at its parameters themselves (their version), so that no other tensors may stand in for them.
     """
 
     source: str = "input"
+    itself: bool = False
     runtime: Runtime  # set when the delta is attached
     key: str  # the site's key, set likewise
     pruned: int = 0  # entries of its parameters that are held at zero, and not counted
@@ -84,6 +86,9 @@ def _shape(t: Tensor | None) -> str:
     return "nothing" if t is None else str(list(t.shape))
 
 
+Diagonal = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
 class WeightDelta(Delta):
     """A delta that re-parameterises the site's weight: merge, unmerge, every host and export come for free.
 
@@ -126,6 +131,12 @@ class WeightDelta(Delta):
     def sources(self) -> Iterator[nn.Module]:
         """The modules whose tensors make W': itself, and what it shares with other sites."""
         yield self
+
+    def diagonal(self) -> Diagonal | None:
+        """(before [in], after [out], shift [out]), each None for nothing, where y' = after * base(before * x) + shift for the host's
+        y = base(x), channel by channel, otherwise None.
+        """
+        return None
 
     def names(self) -> tuple[str, ...]:
         """Names of the host's parameters that this delta re-parameterises."""

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import install, labels
+from . import grouping, install, labels
 from .adapter import Adapter, Part
-from .algebra import A, Expr, as_expr
+from .algebra import A, Expr, Rows, as_expr
 from .anatomy import Anatomy, anatomy
 from .delta import WeightDelta
 from .errors import GraftError, nearest
@@ -125,11 +125,14 @@ def activate(model: nn.Module, expression: Expr | str | None) -> None:
     chain = () if e is None else e.names()
     for name in chain:
         find(model, name)
-    if len(set(chain)) < len(chain):
-        raise GraftError(f"activate {e}", "an adapter stands in it twice", "name each adapter once")
+    for one in e.of if isinstance(e, Rows) else (e,):
+        if one is not None and len(set(one.names())) < len(one.names()):
+            raise GraftError(f"activate {e}", "an adapter stands in it twice", "name each adapter once")
     if root.merged is not None and chain:
         raise GraftError(f"activate {e}", f"{root.merged} is merged into the weights", "call gw.unmerge first")
-    install.compile_plans(model, chain)
+    rows = grouping.table(model, e, root.adapters, root.runtime) if isinstance(e, Rows) else None
+    install.compile_plans(model, chain, None if rows is None or rows.uniform else rows)
+    root.runtime.rows = rows
     for name in dict.fromkeys((*root.active, *chain)):  # no other has a parameter that asks for gradients
         for p in root.adapters[name].parameters():
             p.requires_grad_(name in chain and root.adapters[name].trainable)
@@ -143,7 +146,7 @@ def activate(model: nn.Module, expression: Expr | str | None) -> None:
         for p in d.parameters()
     )
     root.clock.watch(next(stepped, None))
-    labels.apply(model, next((a.labels for a in _active(model) if a.labels), None))
+    labels.apply(model, labels.common([a.labels for a in _active(model) if a.labels], rows is not None))
 
 
 @contextmanager

@@ -60,6 +60,8 @@ class Graft(nn.Module):
             mask = kwargs.get("attention_mask")
             if mask is None and self.mask_at is not None and len(args) > self.mask_at:
                 mask = args[self.mask_at]
+            if runtime.rows is not None:
+                runtime.rows.begin(module.training, args, kwargs)
             self.begin(module.training, mask if self.is_root or (mask is not None and mask.dim() == 2) else None)
         runtime.depth += 1
         try:
@@ -72,7 +74,7 @@ class Graft(nn.Module):
             thin = bool(plan.linear) and not keeping
             before = self.cache, self.plain
             self.cache = {name: plan.kept(module, name) for name in plan.weights} if keeping else {}
-            self.plain = thin
+            self.plain = thin or bool(plan.rowwise)
             try:
                 return plan.run(base, runtime, thin, args, kwargs)
             finally:
@@ -169,6 +171,8 @@ def grafted_class(cls: Any, names: tuple[str, ...]) -> type[nn.Module]:
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
     }
+    if hasattr(cls, "generate"):
+        namespace["generate"] = _generating(cls.generate)
     if not hasattr(cls, "config"):
         namespace["config"] = property(attending_config, _writer("config"))
     for name in names:
@@ -185,6 +189,15 @@ def _reader(name: str) -> Callable[[Any], Any]:
         return module.graft.read(module, name)
 
     return read
+
+
+def _generating(generate: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(generate)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.graft.runtime.generation():
+            return generate(self, *args, **kwargs)
+
+    return run
 
 
 def _guard(name: str, value: Any) -> Callable[[Any], Any]:

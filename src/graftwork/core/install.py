@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from torch import nn
@@ -21,6 +22,9 @@ from .passes import Runtime
 from .plan import Plan
 from .root import Root, graft_in, is_grafted, root_of
 from .site import Site
+
+if TYPE_CHECKING:
+    from .rows import Table
 
 
 def _home(module: nn.Module) -> nn.Module:
@@ -95,6 +99,7 @@ def uproot(model: nn.Module, name: str) -> None:
     """Take an adapter's deltas out; with the last one, everything."""
     root = root_of(model)
     adapter = root.adapters.pop(name)
+    root.runtime.stacks.clear()
     for i, part in enumerate(adapter.parts):
         homes = [_place(model, name, i, s, part.deltas[s.key]) for s in part.sites]
         if len(part.shared_modules):
@@ -112,8 +117,8 @@ def uproot(model: nn.Module, name: str) -> None:
                 p.requires_grad_(True)
 
 
-def compile_plans(model: nn.Module, chain: Sequence[str]) -> None:
-    """Give every module its plan for the adapters in `chain`, and swap classes accordingly."""
+def compile_plans(model: nn.Module, chain: Sequence[str], rows: Table | None = None) -> None:
+    """Give every module its plan for the adapters in `chain`, or for one per row, and swap classes accordingly."""
     root = root_of(model)
     plans: dict[str, Plan] = {}
     bypassable: set[str] = set()
@@ -124,14 +129,16 @@ def compile_plans(model: nn.Module, chain: Sequence[str]) -> None:
             plans[path] = Plan(model.get_submodule(path))
         return plans[path]
 
-    for name in chain:
-        for part in root.adapters[name].parts:
-            for site in part.sites:
-                delta = part.deltas[site.key]
-                _add(plan_of, site, delta)
-                attends |= delta.overrides("attend")
-                if not isinstance(delta, WeightDelta):
-                    bypassable.add(_host_path(site, delta))
+    for site, delta in _pieces(root, chain) if rows is None else rows.deltas:
+        _add(plan_of, site, delta)
+        attends |= delta.overrides("attend")
+        if not isinstance(delta, WeightDelta):
+            bypassable.add(_host_path(site, delta))
+    for path, step in () if rows is None else rows.steps:
+        bypassable.add(path)
+        plan_of(path).rowwise.append(step)
+        for name in step.names:
+            plan_of(path).weights.setdefault(name, []).append(step)  # type: ignore[arg-type]
     if attends:
         register_interface()
     disarm_all(model)
@@ -149,7 +156,8 @@ def compile_plans(model: nn.Module, chain: Sequence[str]) -> None:
         holder.overriding = path in root.statistics or (bool(bypassable) and path in bypassed)
         names: tuple[str, ...] = ()
         if holder.plan is not None:
-            holder.plan.compile(module)
+            if rows is None:
+                holder.plan.compile(module)
             names = tuple(holder.plan.weights)
         arm(module, names)
         root.armed.append(module)
@@ -164,6 +172,14 @@ def disarm_all(model: nn.Module) -> None:
         if not isinstance(module.__dict__.get("graft"), Root):
             module.__dict__.pop("graft", None)
     root.armed = []
+
+
+def _pieces(root: Root, chain: Sequence[str]) -> Iterator[tuple[Site, Delta]]:
+    """The deltas of the adapters in `chain`, in order, each with its site."""
+    for name in chain:
+        for part in root.adapters[name].parts:
+            for site in part.sites:
+                yield site, part.deltas[site.key]
 
 
 def _add(plan_of: Callable[[str], Plan], site: Site, delta: Delta) -> None:

@@ -9,6 +9,13 @@ from torch import nn
 from . import install
 
 
+def common(labels: list[tuple[str, ...]], rows: bool) -> tuple[str, ...] | None:
+    """The labels to show: those of the first active head, or, where rows have others each, as many without a meaning."""
+    if rows and len(set(labels)) > 1:
+        return tuple(f"LABEL_{i}" for i in range(len(labels[0])))
+    return labels[0] if labels else None
+
+
 def apply(model: nn.Module, labels: tuple[str, ...] | None) -> None:
     """Give the model's config the labels of the active adapter, or, with None, its own back."""
     config: Any = model.__dict__.get("config")

@@ -8,10 +8,15 @@ checkpointing runs again during the backward pass counts as inside: it must see 
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .rows import Table
 
 
 class Runtime:
@@ -20,6 +25,8 @@ class Runtime:
     depth: how many grafted calls are open;  state: what deltas hand to each other within a pass (cleared by the root's call);
     context: side information per batch or row, set by `gw.context`;  mask: the padding mask [batch, seq] of the pass, or None.
     keeps_weights: inference passes keep adapted weights that are dear to make, set by `gw.keep_weights`.
+    rows: which adapter each row has, while `rows(...)` is active;  stacks: tensors of many adapters as one, kept for the next `rows`;
+    generating: inside `model.generate`, where a row of the batch may have become several.
     """
 
     def __init__(self) -> None:
@@ -28,10 +35,23 @@ class Runtime:
         self.context: dict[str, Any] = {}
         self.mask: Tensor | None = None
         self.keeps_weights = True
+        self.rows: Table | None = None
+        self.stacks: dict[Any, Any] = {}
+        self.generating = 0
 
     def __getstate__(self) -> dict[str, Any]:
         # a copied or pickled model starts outside any pass
-        return {"depth": 0, "state": {}, "context": self.context, "mask": None, "keeps_weights": self.keeps_weights}
+        outside = {"depth": 0, "state": {}, "mask": None, "stacks": {}, "generating": 0}
+        return {"context": self.context, "rows": self.rows, "keeps_weights": self.keeps_weights, **outside}
+
+    @contextmanager
+    def generation(self) -> Iterator[None]:
+        """The model's `generate` runs in this block."""
+        self.generating += 1
+        try:
+            yield
+        finally:
+            self.generating -= 1
 
     @property
     def open(self) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from .delta import Delta, WeightDelta
 from .errors import GraftError
 from .passes import Runtime
 from .weight import Weight, is_conv1d
+
+if TYPE_CHECKING:
+    from .group import Step
 
 
 class Host:
@@ -67,6 +70,7 @@ class Plan:
     def __init__(self, module: nn.Module) -> None:
         self.weights: dict[str, list[WeightDelta]] = {}  # parameter name -> deltas, first applied first
         self.linear: list[tuple[WeightDelta, Host]] = []  # the fast path, empty where there is none
+        self.rowwise: list[Step] = []  # one adapter per row: each step runs the one before it, the module itself first
         self.capture: list[Delta] = []  # deltas elsewhere that want this module's input
         self.enter: list[Delta] = []
         self.forward: list[tuple[Delta, int]] = []  # delta, width of the site
@@ -124,7 +128,7 @@ class Plan:
         self, base: Callable[..., Any], runtime: Runtime, thin: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """What the module returns in this pass. thin: by the fast path, where there is one."""
-        if not (self.capture or self.enter or self.forward or self.around):
+        if not (self.capture or self.enter or self.forward or self.around or self.rowwise):
             return self._product(base, args, kwargs) if thin else base(*args, **kwargs)
         call = partial(self._inner, base, runtime, thin)
         for delta in self.around:
@@ -142,7 +146,13 @@ class Plan:
                 for delta in self.enter:
                     edited = delta.enter(edited)
                 args, kwargs = replace_first(args, kwargs, x, self._stored(edited))
-        out = self._product(base, args, kwargs) if thin and self.linear else base(*args, **kwargs)
+        if self.rowwise:
+            below = base
+            for step in self.rowwise:
+                below = partial(step, below, base)
+            out = self._product(below, args, kwargs)
+        else:
+            out = self._product(base, args, kwargs) if thin and self.linear else base(*args, **kwargs)
         return self._edit(out, x, runtime) if self.forward else out
 
     def _product(self, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

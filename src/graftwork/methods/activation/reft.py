@@ -30,6 +30,11 @@ class Reft(Delta):
         self.visual = site.tower in ("vision", "video")
         self.span, self.dropout, self.drop_state = method.span, method.dropout, method.drop_state
 
+    @property
+    def itself(self) -> bool:  # type: ignore[override]
+        """An R from a file is known by the version of its parameter."""
+        return any(edit.given is not None for edit in self.edits)
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if self.span is None or y.dim() < 3:
             return y + self.added(y, self.edits[0](y))

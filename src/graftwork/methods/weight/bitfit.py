@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graftwork.core.adapter import Part
-from graftwork.core.delta import WeightDelta
+from graftwork.core.delta import Diagonal, WeightDelta
 from graftwork.core.errors import GraftError
 from graftwork.core.fields import flag, where
 from graftwork.core.initial import parameter, zeros
@@ -90,6 +90,9 @@ class Shift(WeightDelta):
             return d if stored is None else stored + d
         a, b = self.rows
         return torch.cat([stored[:a], stored[a:b] + d, stored[b:]]) if stored is not None else d
+
+    def diagonal(self) -> Diagonal | None:
+        return (None, None, self.shift["bias"]) if self.names() == ("bias",) else None
 
     def linear(self, x: Tensor, base: Callable[[Tensor], Tensor], host: Host) -> Tensor:
         return base(x).add_(self.shift["bias"])

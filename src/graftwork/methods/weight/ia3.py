@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from graftwork.core.adapter import Part
-from graftwork.core.delta import WeightDelta
+from graftwork.core.delta import Diagonal, WeightDelta
 from graftwork.core.fields import where
 from graftwork.core.initial import ones
 from graftwork.core.method import Method, method
@@ -65,8 +66,11 @@ class Rescale(WeightDelta):
     def bias(self, b: Tensor | None) -> Tensor | None:
         return b if b is None or self.input else b * self.scale
 
+    def diagonal(self) -> Diagonal | None:
+        return (self.scale, None, None) if self.input else (None, self.scale, None)
+
     def linear(self, x: Tensor, base: Callable[[Tensor], Tensor], host: Host) -> Tensor:
         if self.input:
             return base(x * self.scale.to(x.dtype))
         y = base(x)
-        return y * self.scale.to(y.dtype)
+        return y * self.scale.to(y.dtype) if torch.is_grad_enabled() else y.mul_(self.scale.to(y.dtype))

@@ -1,0 +1,208 @@
+"""From expressions per row to groups of deltas: at each site, what is alike goes into one group (see `rows`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from .adapter import Adapter, Part
+from .algebra import Rows
+from .delta import Delta, WeightDelta
+from .errors import GraftError
+from .likeness import like
+from .method import Method
+from .passes import Runtime
+from .plan import _channels_first, _disjoint
+from .rows import Table, check_order, tensors_of
+from .rowwise import Denses, Diagonals, Lookups, LowRanks
+from .site import Site
+from .together import Attends, Forwards, Linears
+
+# numbers: weights of all rows together that are made at once (128 MiB in float32); larger ones run one adapter at a time
+LARGEST = 2**25
+AFFINE = (nn.Linear, _ConvNd, nn.LayerNorm, nn.GroupNorm, _BatchNorm, nn.Embedding)  # y = f(x) + bias, or without one
+
+Members = dict[int, Delta]  # number of the expression -> its delta
+
+
+def table(model: nn.Module, rows: Rows, adapters: Mapping[str, Adapter], runtime: Runtime) -> Table:
+    """Everything that `rows` does in `model`. GraftError where a method cannot run row by row."""
+    made = Table([None if e is None else str(e) for e in rows.of], runtime)
+    if made.uniform:
+        return made
+    distinct = sorted({str(e): e for e in rows.of if e is not None}.items())
+    chains = [[part for name in e.names() for part in adapters[name].parts] for _, e in distinct]
+    owners = {id(part): name for name, a in adapters.items() for part in a.parts}
+    deltas = [d for chain in chains for part in chain for d in part.deltas.values()]
+    held = dict.fromkeys(tensors_of([*deltas, *(p.shared_modules for chain in chains for p in chain)]))
+    made.parameters = [t for t in held if not t.is_inference()]  # those have no version, and never change
+    made.dropping = next((str(p.method) for chain in chains for p in chain if drops(p.method)), None)
+    weights: dict[str, dict[int, list[tuple[Site, WeightDelta]]]] = {}
+    spoken: dict[int, str] = {}  # what a refusal calls a delta
+    attends: dict[str, tuple[Site, dict[int, list[Delta]]]] = {}
+    for slot in slots(chains):
+        for site, members in sites(slot):
+            for n, delta in members.items():
+                spoken[id(delta)] = f"{slot[n].method.name} of {owners[id(slot[n])]!r}"
+                if delta.overrides("around"):
+                    raise refusal(spoken[id(delta)], site, distinct[n][0], "it changes the whole pass of a module")
+                if isinstance(delta, WeightDelta) and delta.names():
+                    weights.setdefault(site.path, {}).setdefault(n, []).append((site, delta))
+                if delta.overrides("attend"):
+                    attends.setdefault(site.path, (site, {}))[1].setdefault(n, []).append(delta)
+            edits = {n: d for n, d in members.items() if d.overrides("forward") or d.overrides("enter")}
+            made.deltas += [(site, group) for group in _forwards(made, site, edits)]
+    made.deltas += [(site, Attends(made, site.key, members)) for site, members in attends.values()]
+    for path, chains_here in weights.items():
+        module = model.get_submodule(path)
+        for n, chain in chains_here.items():
+            if not fast(module, [d for _, d in chain]) and not whole(module, chain[0][0]):
+                found = f"a weight inside {type(module).__name__}, which cannot be applied row by row"
+                raise refusal(spoken[id(chain[0][1])], chain[0][0], distinct[n][0], found)
+        made.steps += [(path, step) for step in _steps(made, module, chains_here)]
+    check_order(model, [*weights, *(site.path for site, _ in made.deltas)])
+    made.prune()
+    return made
+
+
+def drops(method: Method) -> bool:
+    """Whether it has dropout."""
+    values = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    return any(bool(values.get(name)) for name in ("dropout", "drop_path")) or any(
+        drops(v) for v in values.values() if isinstance(v, Method)
+    )
+
+
+def refusal(what: str, site: Site, text: str, found: str) -> GraftError:
+    """A method that cannot run row by row."""
+    do = f"give the rows of {text} a batch of their own, with gw.using(model, {text!r})"
+    return GraftError(f"one adapter per row: {what} at {site.key}", found, do)
+
+
+def slots(chains: Sequence[Sequence[Part]]) -> list[dict[int, Part]]:
+    """The parts of all chains side by side, methods of one name in one slot, each chain in its own order."""
+    out: list[dict[int, Part]] = []
+    for n, chain in enumerate(chains):
+        at = 0
+        for part in chain:
+            same = (i for i in range(at, len(out)) if next(iter(out[i].values())).method.name == part.method.name)
+            i = next(same, None)
+            if i is None:
+                i = at
+                out.insert(i, {})
+            out[i][n] = part
+            at = i + 1
+    return out
+
+
+def sites(slot: Mapping[int, Part]) -> Iterator[tuple[Site, Members]]:
+    """The sites of a slot, each with the deltas that are there."""
+    found: dict[str, tuple[Site, Members]] = {}
+    for n, part in slot.items():
+        for site in part.sites:
+            found.setdefault(site.key, (site, {}))[1][n] = part.deltas[site.key]
+    return iter(found.values())
+
+
+def _forwards(made: Table, site: Site, members: Members) -> Iterator[Forwards]:
+    for group, slots_of in _alike(members):
+        one = Forwards(made, site.key, group)
+        one.source = next(iter(group.values())).source
+        one.setup(slots_of, apart=any(d.overrides("enter") or d.itself for d in group.values()))
+        yield one
+
+
+def _alike(members: Members) -> Iterator[tuple[Members, list[Any]]]:
+    """The members in groups of one function each, with the slots of their tensors."""
+    groups: dict[Any, tuple[Members, list[Any]]] = {}
+    for n, delta in members.items():
+        kind, where = like(delta)
+        group = groups.setdefault(kind, ({}, []))
+        group[0][n] = delta
+        group[1].append(where)
+    return iter(groups.values())
+
+
+def _steps(made: Table, module: nn.Module, chains: Mapping[int, list[tuple[Site, WeightDelta]]]) -> Iterator[Any]:
+    """The steps of one module's weights: first by their fast forms, then, whole weights for the chains that have none."""
+    grouped: dict[tuple[str, str, int], Members] = {}
+    dense: dict[int, list[WeightDelta]] = {}
+    for n, chain in chains.items():
+        kinds = fast(module, [d for _, d in chain])
+        if not kinds:
+            dense[n] = [d for _, d in chain]
+        for i, ((site, delta), kind) in enumerate(zip(chain if kinds else (), kinds, strict=True)):
+            grouped.setdefault((kind, site.key, i), {})[n] = delta
+    for (kind, key, _), members in grouped.items():
+        names = tuple(dict.fromkeys(name for d in members.values() for name in d.names()))  # type: ignore[operator]
+        if kind == "factors":
+            yield LowRanks(made, key, members, names)
+        elif kind == "lookup":
+            yield Lookups(made, key, members, names, module)
+        elif kind == "diagonal":
+            yield Diagonals(made, key, members, names, _channels_first(module))
+        else:
+            for group, slots_of in _alike(members):
+                step = Linears(made, key, group, names)
+                step.host = module
+                step.setup(slots_of, apart=any(d.itself for d in group.values()))
+                yield step
+    if dense:
+        yield _dense(made, module, next(iter(chains.values()))[0][0], dense)
+
+
+def fast(module: nn.Module, deltas: Sequence[WeightDelta]) -> list[str]:
+    """The forms of one adapter's deltas on a module, or nothing where they do not all have one that the others allow."""
+    kinds = [form(module, d) for d in deltas]
+    free = len(deltas) == 1 or all(d.additive for d in deltas) or _disjoint(list(deltas))
+    return kinds if free and "" not in kinds else []
+
+
+@torch.no_grad()
+def form(module: nn.Module, delta: WeightDelta) -> str:
+    """The fastest form of a weight delta: "factors", "lookup", "diagonal", "linear", or "" for a weight as a whole."""
+    diagonal = delta.diagonal() if isinstance(module, AFFINE) or delta.view.linear else None
+    if delta.view.linear:
+        if delta.factors() is not None:
+            return "factors"
+        if diagonal is not None and (diagonal[0] is None or delta.view.rows is None):
+            return "diagonal"
+        return "linear" if delta.overrides("linear") else ""
+    if diagonal is not None and diagonal[0] is None and delta.view.rows is None:
+        return "diagonal"
+    looked_up = delta.view.lookup and isinstance(module, nn.Embedding) and module.max_norm is None
+    return "lookup" if looked_up and delta.factors() is not None else ""
+
+
+def _vectors(module: nn.Module) -> bool:
+    """Whether the module holds vectors and nothing else, as a norm does."""
+    own = [p for p in module._parameters.values() if p is not None]
+    return all(name == "graft" for name in module._modules) and all(p.dim() < 2 for p in own)
+
+
+def whole(module: nn.Module, site: Site) -> bool:
+    """Whether the module can run with another weight for each row: axis 0 of its one input is the batch, and stays apart."""
+    linear = getattr(module, "weight", None) is not None and site.weight.linear
+    return linear or _vectors(module) or isinstance(module, _ConvNd | nn.Embedding)
+
+
+@torch.no_grad()
+def _dense(made: Table, module: nn.Module, site: Site, members: dict[int, list[WeightDelta]]) -> Denses:
+    names = tuple(dict.fromkeys(name for chain in members.values() for d in chain for name in d.names()))
+    step = Denses(made, site.key, members, names, module, together=False)
+    shapes = {tuple(None if v is None else tuple(v.shape) for v in step.values(chain)) for chain in step.deltas}
+    if not step.whole or len(members) < len(set(made.index)):
+        shapes.add(tuple(None if (p := module._parameters[n]) is None else tuple(p.shape) for n in names))
+    if len(shapes) > 1:
+        found = " and ".join(sorted(str([list(s) for s in shape if s is not None]) for shape in shapes))
+        do = "rows of one batch share one output tensor: run those of each size as a batch of their own, with gw.using"
+        raise GraftError(f"one adapter per row at {site.key}", f"weights of different shapes, {found}", do)
+    numbers = sum(torch.Size(s).numel() for s in next(iter(shapes)) if s is not None) * len(step.covered)
+    step.together = numbers <= LARGEST and (_vectors(module) or site.weight.linear)
+    return step

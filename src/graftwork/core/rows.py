@@ -1,0 +1,183 @@
+"""`rows(...)` compiled: which adapter each row of a batch has, and the groups of deltas that serve them.
+
+The adapters' deltas are grouped by site and by what they are; the hot path sees the groups, never an adapter's name. Memory: the
+parameters of all adapters once more, stacked, and once for every row (or run of rows with one adapter), while rows are active; the
+stacks stay for the next `rows` over the same adapters, until one is removed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import GraftError
+from .likeness import MASK
+from .passes import Runtime
+
+if TYPE_CHECKING:
+    from .group import Group, Step
+    from .site import Site
+
+POSITIONS = ("position_ids", "cache_position")  # inputs that need not have the batch's rows
+
+
+class Table:
+    """The rows of an activation.
+
+    given: how many rows were named;  rows: how many runs they make, all of the same length;  index: the number of each run's
+    expression, None for the bare backbone;  deltas, steps: the groups, as `install` hangs them up;
+    uniform: all rows have the same expression, so that the plain plan serves them;
+    epoch: moves on when a parameter has changed;  learning: some parameter asks for gradients.
+    """
+
+    def __init__(self, texts: Sequence[str | None], runtime: Runtime) -> None:
+        numbers = {text: n for n, text in enumerate(sorted({t for t in texts if t is not None}))}
+        length = math.gcd(*(len(list(run)) for _, run in groupby(texts)))
+        self.given, self.runtime = len(texts), runtime
+        self.index = [None if t is None else numbers[t] for t in texts[::length]]
+        self.rows, self.uniform = len(self.index), len(set(self.index)) == 1
+        self.deltas: list[tuple[Site, Any]] = []
+        self.steps: list[tuple[str, Step]] = []
+        self.parameters: list[Tensor] = []
+        self.dropping: str | None = None  # what has dropout
+        self.batch, self.lengths, self.uneven = self.given, set[int](), ""
+        self.epoch, self.learning = 0, False
+        self.state: tuple[Any, ...] = ()
+        self.indices: dict[Any, Tensor] = {}
+
+    def at(self, places: Sequence[int], device: torch.device) -> Tensor:
+        """These numbers as a tensor, which is moved to the device once."""
+        key = tuple(places), device
+        if key not in self.indices:
+            self.indices[key] = torch.tensor(places, device=device)
+        return self.indices[key]
+
+    def begin(self, training: bool, args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
+        """A pass begins with these inputs. GraftError where they are not the rows that were named."""
+        given = [*(("", t) for t in args), *kwargs.items()]
+        inputs = [(name, t) for name, t in given if isinstance(t, Tensor) and t.dim() and name not in POSITIONS]
+        if not inputs:
+            raise GraftError(
+                f"a pass with {self.given} rows", "no tensor among the inputs", "call the model with a batch"
+            )
+        main = next((t for _, t in inputs if t.dim() > 1), inputs[0][1])
+        self.batch = main.shape[0]
+        if self.batch != self.given and not (self.runtime.generating and self.batch % self.given == 0 and self.batch):
+            found = f"a batch of {self.batch} and {self.given} names in rows(...)"
+            raise GraftError(
+                "one adapter per row", found, "give one name for each row of the batch, None for the backbone"
+            )
+        self.lengths = {t.shape[1] for _, t in inputs if t.dim() > 1 and t.shape[0] == self.batch}
+        self.uneven = next((n or "an input" for n, t in inputs if t.dim() > 2 and t.shape[0] != self.batch), "")
+        if training and self.dropping:
+            do = "call model.eval(), set dropout=0, or train one adapter at a time"
+            raise GraftError("train with one adapter per row", f"{self.dropping} has dropout", do)
+        self.learning = any(p.requires_grad for p in self.parameters)
+        self._notice()
+
+    def _notice(self) -> None:
+        """Have the parameters moved since they were stacked?"""
+        if self.parameters:
+            first = self.parameters[0]
+            state = (
+                sum([t._version for t in self.parameters]),
+                first.dtype,
+                first.device,
+                torch.is_inference_mode_enabled(),
+            )
+            if state != self.state:
+                self.state, self.epoch = state, self.epoch + 1
+
+    def stacked(self, group: Group, make: Callable[[], list[Tensor | None]]) -> list[Tensor | None]:
+        """The group's stack: the one that an earlier activation left, where nothing has moved since, or a new one."""
+        tensors = list(tensors_of(group.deltas))
+        key = group.identity
+        now = (versions(tensors), [(t.dtype, t.device) for t in tensors[:1]], torch.is_inference_mode_enabled())
+        kept = self.runtime.stacks.get(key)
+        if kept is None or kept[0] != now:
+            self.runtime.stacks[key] = kept = (
+                now,
+                make(),
+                group.deltas,
+            )  # the deltas are held, so that ids stay theirs
+        return kept[1]  # type: ignore[no-any-return]
+
+    def prune(self) -> None:
+        """Let the stacks go that no group of this activation uses."""
+        used = {group.identity for _, group in (*self.deltas, *self.steps)}
+        for key in [key for key in self.runtime.stacks if key not in used]:
+            del self.runtime.stacks[key]
+
+    def check(self, t: Tensor, key: str) -> None:
+        """GraftError unless axis 0 of the input of a site is the batch, or the batch with each row several times in a row."""
+        n, batch = t.shape[0], self.batch
+        if n == batch:
+            if t.dim() < 3 or t.shape[1] != batch or batch == 1 or t.stride(0) >= t.stride(1):
+                return
+            found = f"{list(t.shape)}, whose axis 0 runs faster than axis 1"
+        elif self.uneven:
+            found = f"{n} entries along axis 0 for a batch of {batch}, and {self.uneven} has another number of rows"
+        elif n % batch:
+            found = f"{n} entries along axis 0, no multiple of the batch's {batch} rows"
+        elif t.dim() > 2 and t.shape[1] == batch:
+            found = f"{list(t.shape)} for a batch of {batch}: the batch seems to be axis 1"
+        elif t.dim() < 3 and n // batch not in self.lengths:
+            found = f"{list(t.shape)} for a batch of {batch} with {sorted(self.lengths)} positions"
+        else:
+            return
+        raise GraftError(f"the rows of the batch at {key}", found, "activate one adapter at a time for its rows")
+
+    def wide(self, t: Tensor, key: str) -> Tensor:
+        """The input of a site for the whole batch; one that is the same for all rows (positions) is repeated."""
+        if t.shape[0] == 1 and self.batch > 1:
+            return t.expand(self.batch, *t.shape[1:])
+        self.check(t, key)
+        return t
+
+    def sides(self, rows: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The padding mask and the context: what has a value per row, as [these rows, k, ...], and what all share."""
+        each: dict[str, Tensor] = {}
+        shared: dict[str, Any] = {}
+        for name, value in {MASK: self.runtime.mask, **self.runtime.context}.items():
+            t = value
+            if isinstance(value, list | tuple) and len(value) == self.batch and not isinstance(value[0], str):
+                t = torch.as_tensor(value)
+            if isinstance(t, Tensor) and t.dim() and t.shape[0] == self.batch:
+                each[name] = t.reshape(self.rows, -1, *t.shape[1:])[self.at(rows, t.device)]
+            else:
+                shared[name] = value
+        return each, shared
+
+
+def versions(tensors: Iterable[Tensor]) -> int:
+    """A number that grows with every change of one of the tensors."""
+    return sum(t._version for t in tensors if not t.is_inference())
+
+
+def tensors_of(deltas: Iterable[Any]) -> Iterable[Tensor]:
+    """Every parameter and buffer of deltas, or of lists of them."""
+    for delta in deltas:
+        if isinstance(delta, nn.Module):
+            yield from delta.parameters()
+            yield from delta.buffers()
+        else:
+            yield from tensors_of(delta)
+
+
+def check_order(model: nn.Module, paths: Iterable[str]) -> None:
+    """GraftError where a module that is adapted has the batch as its second axis."""
+    kinds = (nn.MultiheadAttention, nn.RNNBase, nn.Transformer)
+    second = [path for path, m in model.named_modules() if isinstance(m, kinds) and not m.batch_first]
+    for path in paths:
+        for at in second:
+            around = at.rpartition(".")[0]
+            if path == at or path.startswith(f"{around}." if around else ""):
+                found = f"{at} takes [seq, batch, d]: its axis 0 is not the batch"
+                raise GraftError(
+                    f"one adapter per row at {path}", found, "use batch_first=True, or one adapter at a time"
+                )
