@@ -191,9 +191,9 @@ def _writer(name: str) -> Callable[[Any, Any], None]:
 
 def arm(module: nn.Module, names: tuple[str, ...]) -> None:
     """Swap the module's class for its grafted one, with properties for `names`."""
-    disarm(module)
-    cls: Any = type(module)
-    module.__class__ = grafted_class(cls, tuple(sorted(names)))
+    cls = grafted_class(original_class(type(module)), tuple(sorted(names)))
+    if type(module) is not cls:
+        module.__class__ = cls
 
 
 def disarm(module: nn.Module) -> None:

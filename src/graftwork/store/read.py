@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from ..core.errors import GraftError
@@ -20,6 +19,7 @@ from ..core.method import Method
 from ..core.method import from_json as method_from_json
 from . import fingerprint, keys
 from .atomic import DESCRIPTION, TENSORS, hidden_tensors
+from .finite import finite
 from .save import FORMAT
 
 PICKLE = "a pickle, which can run any code when it is opened"
@@ -144,7 +144,7 @@ def _tensors(folder: Path, digest: str, asked: str) -> dict[str, Tensor]:
     except Exception as error:  # its errors share no base class
         raise GraftError(f"{asked}: {TENSORS}", f"damaged: {error}", "restore the file") from error
     for name, value in tensors.items():
-        if value.is_floating_point() and not torch.isfinite(value.float()).all():
+        if not finite(value):
             raise GraftError(f"{asked}: the tensor {name!r}", "a number that is not finite", "train it again")
     return tensors
 
@@ -174,7 +174,7 @@ def _sorted(
         if name in tensors or same not in tensors:
             raise GraftError(f"{asked}: {DESCRIPTION}", f"the alias {name!r} of {same!r}", "restore the file")
     out: tuple[dict[str, dict[str, Tensor]], ...] = tuple({} for _ in range(methods))
-    for text, value in [*tensors.items(), *((name, tensors[same]) for name, same in aliases.items())]:
+    for text, value in [*tensors.items(), *((name, tensors[same].clone()) for name, same in aliases.items())]:
         try:
             index, site, name = keys.split(text)
             place = out[index].setdefault(site, {}) if index >= 0 else None
