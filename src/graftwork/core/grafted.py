@@ -50,6 +50,11 @@ class Graft(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "cache": None, "plain": False, "attending": False}
 
+    def follow(self, plan: Plan | None, overriding: bool) -> None:
+        """Take a plan, which no pass has reached yet."""
+        # past nn.Module's __setattr__, which first asks what a value is: this is most of the time of a switch
+        self.__dict__.update(plan=plan, overriding=overriding, reached=False)
+
     def run(self, module: nn.Module, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The grafted module's forward."""
         runtime, plan = self.runtime, self.plan

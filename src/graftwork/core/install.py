@@ -85,7 +85,7 @@ def plant(model: nn.Module, adapter: Adapter, body: Body) -> Root:
             _registered(_home(model), root.runtime).add_module(_slot(adapter.name, i, "shared"), part.shared_modules)
         for site in part.sites:
             delta = part.deltas[site.key]
-            delta.runtime = root.runtime
+            delta.__dict__["runtime"] = root.runtime
             delta.train(model.training)  # no dropout in the adapter of a model in evaluation
             home, slot = _place(root, adapter.name, i, site, delta)
             _registered(home, root.runtime).add_module(slot, delta)
@@ -144,9 +144,7 @@ def compile_plans(model: nn.Module, chain: Sequence[str]) -> None:
         module, plan = modules[path], plans.get(path)
         if plan is None and path and isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             continue
-        holder = _graft_of(module, root.runtime)
-        holder.plan, holder.reached = plan, False
-        holder.overriding = path in root.statistics or path in bypassed
+        _graft_of(module, root.runtime).follow(plan, overriding=path in root.statistics or path in bypassed)
         if plan is not None:
             plan.compile(module)
         arm(module, () if plan is None else tuple(plan.weights))
@@ -164,7 +162,7 @@ def disarm_all(model: nn.Module) -> None:
 
 def _disarm(modules: Iterable[nn.Module]) -> None:
     for module in modules:
-        module.graft.plan = None  # type: ignore[union-attr]
+        module.graft.follow(None, overriding=False)  # type: ignore[union-attr, operator]
         disarm(module)
         if not isinstance(module.__dict__.get("graft"), Root):
             module.__dict__.pop("graft", None)
@@ -241,9 +239,10 @@ def _registered(module: nn.Module, runtime: Runtime) -> Graft:
 
 def _graft_of(module: nn.Module, runtime: Runtime) -> Graft:
     """The module's graft; for one that holds no delta a loose one, no child of it, while it is armed."""
-    if "graft" in module._modules:
-        return module._modules["graft"]  # type: ignore[return-value]
-    return module.__dict__.setdefault("graft", Graft(runtime))
+    found = graft_in(module)
+    if found is None:
+        found = module.__dict__["graft"] = Graft(runtime)
+    return found  # type: ignore[return-value]
 
 
 @functools.lru_cache(4096)

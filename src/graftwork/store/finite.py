@@ -14,4 +14,6 @@ def finite(t: Tensor) -> bool:
         return True
     if t.dtype.itemsize == 1:  # 8-bit floats have no sums
         t = t.float()
-    return math.isfinite(t.sum(dtype=None if t.dtype.itemsize > 2 else torch.float32)) or bool(torch.isfinite(t).all())
+    return math.isfinite(t.detach().sum(dtype=None if t.dtype.itemsize > 2 else torch.float32)) or bool(
+        torch.isfinite(t).all()
+    )
