@@ -10,10 +10,11 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from .anatomy import Anatomy, anatomy
 from .grafted import backbone_modules
+from .site import Site
 
 T = TypeVar("T")
 
@@ -44,6 +45,11 @@ class Body:
         """The sites."""
         return anatomy(self.modules[""])
 
+    @cached_property
+    def sites(self) -> dict[str, Site]:
+        """The sites by key."""
+        return {site.key: site for site in self.anatomy.sites}
+
     def once(self, make: Callable[[Body], T]) -> T:
         """make(self), computed once."""
         if make not in self._made:
@@ -61,11 +67,7 @@ class Body:
             look += [id(m) for name, m in module._modules.items() if name != "graft"]
             look += [id(p) for p in module._parameters.values()]
         for p in self.parameters.values():
-            look += p.dtype, p.device, _writes(p)
+            # a subclass (DTensor, quantised) may have no address, and what is on the meta device has none
+            address = p.data_ptr() if type(p) is nn.Parameter else 0
+            look += address or (p.dtype, p.device), 0 if p.is_inference() else p._version
         return look
-
-
-def _writes(p: Tensor) -> tuple[int, int]:
-    """Where a parameter's numbers lie and how often they were written."""
-    plain = type(p) in (nn.Parameter, Tensor)  # a subclass (DTensor, quantised) may have no address
-    return p.data_ptr() if plain else 0, 0 if p.is_inference() else p._version

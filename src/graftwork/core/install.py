@@ -88,7 +88,7 @@ def plant(model: nn.Module, adapter: Adapter, body: Body) -> Root:
             delta.__dict__["runtime"] = root.runtime
             delta.train(model.training)  # no dropout in the adapter of a model in evaluation
             home, slot = _place(root, adapter.name, i, site, delta)
-            _registered(home, root.runtime).add_module(slot, delta)
+            _registered(home, root.runtime)._modules[slot] = delta  # the slot's name is sound and free
     root.adapters[adapter.name] = adapter
     return root
 
@@ -102,7 +102,7 @@ def uproot(model: nn.Module, name: str) -> None:
         if len(part.shared_modules):
             homes.append((_home(model), _slot(name, i, "shared")))
         for home, slot in homes:
-            delattr(home.graft, slot)
+            del home.graft._modules[slot]  # type: ignore[union-attr]
             if not home.graft._modules and not isinstance(home.graft, Root):  # type: ignore[union-attr]
                 del home.graft
     if not root.adapters:

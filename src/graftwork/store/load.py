@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Part
-from ..core.anatomy import Anatomy
+from ..core.body import Body
 from ..core.delta import Delta
 from ..core.errors import GraftError, nearest
 from ..core.graft import attach, build, check_name
@@ -43,15 +43,15 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, trainabl
             f"{different}\n    made for: {stored.backbone}\n    this one: {here}",
             "load the backbone that it was made for",
         )
-    adapter = Adapter(name, [_part(i, method, stored, body.anatomy, asked) for i, method in enumerate(stored.methods)])
+    adapter = Adapter(name, [_part(i, method, stored, body, asked) for i, method in enumerate(stored.methods)])
     adapter.trainable, adapter.labels, adapter.metadata = trainable, stored.labels, stored.metadata
     attach(model, adapter, body)
     return adapter
 
 
-def _part(index: int, method: StoredMethod, stored: Stored, found: Anatomy, asked: str) -> Part:
+def _part(index: int, method: StoredMethod, stored: Stored, body: Body, asked: str) -> Part:
     """The deltas of one stored method with their stored values; attached to nothing yet."""
-    sites = {site.key: site for site in found.sites}
+    sites, found = body.sites, body.anatomy
     missing = [key for key in method.sites if key not in sites]
     if missing:
         first = f"{found.name} has no site {missing[0]!r}{nearest(missing[0], sites)}"
