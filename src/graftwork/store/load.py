@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Part
-from ..core.body import Body
+from ..core.body import Body, uncollected
 from ..core.delta import Delta
 from ..core.errors import GraftError, nearest
 from ..core.graft import attach, build, check_name
@@ -23,6 +23,7 @@ from .finite import finite
 from .read import Stored, StoredMethod, read
 
 
+@uncollected()
 def load(model: nn.Module, folder: str | Path, name: str | None = None, trainable: bool = False) -> Adapter:
     """Load the adapter in `folder` onto `model` and activate it. name: None takes the stored one.
 

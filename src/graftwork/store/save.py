@@ -104,12 +104,12 @@ def _once(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]
             continue
         first[same] = name
         stored[name] = value.cpu().contiguous()
-    # several views of one storage are several tensors on disk
-    seen: set[int] = set()
-    for name, value in stored.items():
-        if value.untyped_storage().data_ptr() in seen:
+    # views of the same numbers are several tensors on disk; those of a loaded adapter lie side by side in one buffer
+    end = 0
+    for name, value in sorted(stored.items(), key=lambda item: item[1].data_ptr()):
+        if value.data_ptr() < end:
             stored[name] = value.clone()
-        seen.add(value.untyped_storage().data_ptr())
+        end = max(end, value.data_ptr() + value.nbytes)
     return stored, aliases
 
 
