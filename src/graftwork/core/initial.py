@@ -24,7 +24,7 @@ _generator: ContextVar[Any] = ContextVar("graftwork_generator", default=None)
 
 @contextmanager
 def drawing_from(generator: torch.Generator | object | None) -> Iterator[None]:
-    """Inside this block, `parameter` draws from `generator`; from LATER it draws nothing and leaves its values open."""
+    """Inside this block, `parameter` draws from `generator`; from LATER it draws nothing and gives zeros."""
     token = _generator.set(generator)
     try:
         yield
@@ -37,8 +37,10 @@ def tensor(shape: tuple[int, ...], init: Initial, like: Tensor | None = None) ->
     dtype = like.dtype if like is not None and like.is_floating_point() else torch.get_default_dtype()
     device = like.device if like is not None else torch.device("cpu")
     generator = _generator.get()
-    if device.type == "meta" or generator is LATER:
+    if device.type == "meta":
         return torch.empty(shape, dtype=dtype, device=device)
+    if generator is LATER:  # zeros, not whatever lies in memory: a method may look at its values (Sparse ranks them)
+        return torch.zeros(shape, dtype=dtype, device=device)
     # a drawing scope such as `torch.device("meta")` must not move the draw
     values = torch.empty(shape, dtype=torch.float32, device="cpu")
     with torch.no_grad():
