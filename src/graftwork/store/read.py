@@ -198,7 +198,7 @@ def _views(data: bytearray) -> dict[str, Tensor]:
         at = 8 + length + begin
         flat = torch.frombuffer(data, dtype=dtype, count=count, offset=at) if count else torch.empty(0, dtype=dtype)
         # numbers lie where the processor reads them
-        out[name] = flat.view(shape) if at % dtype.itemsize == 0 else flat.view(shape).clone()
+        out[name] = flat.view(shape).clone()
     return out
 
 
