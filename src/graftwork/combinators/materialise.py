@@ -37,6 +37,7 @@ def materialise(model: nn.Module, name: str, task: str, into: str | None = None)
         for key, delta in new.deltas.items():
             given = old.deltas[key]
             generated = isinstance(given, GeneratedDelta | GeneratedWeight)
-            delta.restore(given.generate(task) if generated else given.state_dict())  # type: ignore[operator]
+            values = given.generate(task) if generated else given.state_dict()  # type: ignore[operator]
+            delta.restore({name: value.detach().clone() for name, value in values.items()})
     made.labels = source.labels
     return made

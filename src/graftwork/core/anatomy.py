@@ -58,7 +58,8 @@ class Anatomy:
 
 def anatomy(model: nn.Module) -> Anatomy:
     """Find the sites of `model`. Reads names and shapes only: the model may be on the meta device."""
-    return Anatomy(type(model).__name__, tuple(_Reader(model).read()), tuple(n for n, _ in backbone_modules(model)))
+    reader = _Reader(model)
+    return Anatomy(type(model).__name__, tuple(reader.read()), reader.paths)
 
 
 class _Reader:
@@ -66,6 +67,7 @@ class _Reader:
 
     def __init__(self, model: nn.Module) -> None:
         self.root = tree(model)
+        self.paths = tuple(path for path, _ in backbone_modules(model))
         self.config = getattr(model, "config", None)
         self.towers = towers(self.root)
         holders = {id(block) for tower in self.towers for block in tower.blocks if len(tower.blocks) > 1}
@@ -88,8 +90,7 @@ class _Reader:
         else:
             self.plain()
         self.everywhere()
-        paths = [path for path, _ in backbone_modules(self.root.module)]
-        for site in [*entries(self.root.module, self.sites.values()), *tops(self.sites.values(), paths)]:
+        for site in [*entries(self.root.module, self.sites.values()), *tops(self.sites.values(), self.paths)]:
             self.put(site)
         return list(self.sites.values())
 

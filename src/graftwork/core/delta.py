@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .errors import GraftError
+from .initial import adopt
 from .passes import Runtime
 from .weight import Weight
 
@@ -57,7 +58,7 @@ class Delta(nn.Module):
         raise NotImplementedError
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take stored tensors, named as in `state_dict`. GraftError for a missing, unknown or misshapen one."""
+        """Take stored tensors, named as in `state_dict`: they become its own. GraftError for a missing, unknown or misshapen one."""
         own = self.state_dict()
         for name in own.keys() | tensors.keys():
             there, here = tensors.get(name), own.get(name)
@@ -67,7 +68,7 @@ class Delta(nn.Module):
                     f"stored {_shape(there)}, expected {_shape(here)}",
                     "the file was made by other hyper-parameters or for another backbone",
                 )
-        self.load_state_dict(dict(tensors))
+        adopt(self, tensors)
 
     def auxiliary_loss(self) -> Tensor | None:
         """A term for the training loss, or None."""

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from . import grouping, install, labels
 from .adapter import Adapter, Part
 from .algebra import A, Expr, Rows, as_expr
-from .anatomy import Anatomy, anatomy
+from .anatomy import Anatomy
+from .body import Body, uncollected
 from .delta import WeightDelta
 from .errors import GraftError, nearest
 from .initial import drawing_from
@@ -22,6 +23,7 @@ from .weight import NO_WEIGHT
 from .where import select
 
 
+@uncollected()
 def graft(
     model: nn.Module,
     methods: Method | str | Sequence[Any],
@@ -37,12 +39,13 @@ def graft(
     seed: of the initial values; None draws one from torch's generator, which is otherwise left alone.
     Raises GraftError (no site matched, a name that exists, ...) and then leaves the model as it was.
     """
-    install.check_free(model)
+    body = install.body_of(model)
+    install.check_free(model, body)
     check_name(model, name)
     chosen = list(flatten(methods))
     if not chosen:
         raise GraftError(f"graft {name!r}", "no method", "give at least one, such as gw.LoRA(r=8)")
-    found = anatomy(model)
+    found = body.anatomy
     if head is not False and (found.of("head") or head):
         chosen += _head_method(found, chosen, asked=bool(head))
     generator = torch.Generator().manual_seed(
@@ -50,16 +53,16 @@ def graft(
     )
     parts = [build(method, select(found, method.at, method.layers), found, generator) for method in chosen]
     adapter = Adapter(name, parts)
-    attach(model, adapter)
+    attach(model, adapter, body)
     return adapter
 
 
-def attach(model: nn.Module, adapter: Adapter) -> None:
-    """Hang a built adapter into the model and activate it, or leave the model as it was."""
+def attach(model: nn.Module, adapter: Adapter, body: Body) -> None:
+    """Hang an adapter that was built for `body` into the model and activate it, or leave the model as it was."""
     before = active(model)
     try:
-        install.plant(model, adapter)
-        activate(model, str(A(adapter.name)))
+        install.plant(model, adapter, body)
+        activate(model, A(adapter.name))
     except BaseException:
         if install.is_grafted(model) and adapter.name in install.root_of(model).adapters:
             activate(model, before)
@@ -86,8 +89,8 @@ def check_name(model: nn.Module, name: str) -> None:
         )
 
 
-def build(method: Method, sites: Sequence[Site], found: Anatomy, generator: torch.Generator | None) -> Part:
-    """A method's deltas for these sites; nothing is attached yet."""
+def build(method: Method, sites: Sequence[Site], found: Anatomy, generator: torch.Generator | object) -> Part:
+    """A method's deltas for these sites, drawn as in `drawing_from`; nothing is attached yet."""
     part = Part(method, sites, found)
     kept = []
     with drawing_from(generator):
@@ -95,9 +98,11 @@ def build(method: Method, sites: Sequence[Site], found: Anatomy, generator: torc
             delta = method.build(site, part)
             if delta is None:
                 continue
-            delta.key = site.key
-            if isinstance(delta, WeightDelta) and not hasattr(delta, "view"):
-                delta.view = site.weight if site.module._parameters.get(site.param) is not None else NO_WEIGHT
+            delta.__dict__["key"] = site.key
+            if isinstance(delta, WeightDelta) and "view" not in delta.__dict__:
+                delta.__dict__["view"] = (
+                    site.weight if site.module._parameters.get(site.param) is not None else NO_WEIGHT
+                )
             part.deltas[site.key] = delta
             kept.append(site)
     if not kept:
@@ -135,7 +140,8 @@ def activate(model: nn.Module, expression: Expr | str | None) -> None:
     root.runtime.rows = rows
     for name in dict.fromkeys((*root.active, *chain)):  # no other has a parameter that asks for gradients
         for p in root.adapters[name].parameters():
-            p.requires_grad_(name in chain and root.adapters[name].trainable)
+            if p.requires_grad != (wanted := name in chain and root.adapters[name].trainable):
+                p.requires_grad_(wanted)
     root.active, root.expression = chain, None if e is None else str(e)
     stepped = (
         p

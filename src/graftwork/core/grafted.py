@@ -38,18 +38,35 @@ class Graft(nn.Module):
 
     def __init__(self, runtime: Runtime) -> None:
         super().__init__()
-        self.runtime = runtime
-        self.plan: Plan | None = None
-        self.plain = False  # the host's own read of its weight, inside a fast path
-        self.attending = False
-        self.overriding = False  # the module's attributes in OVERRIDES read as there
-        self.cache: dict[str, Tensor | None] | None = None  # adapted parameters during one call of the host
-        self.reached = False  # the module was called since its plan was made
-        self.is_root = False
-        self.mask_at: int | None = None  # position of attention_mask in the root's forward
+        # past nn.Module's __setattr__, which first asks what a value is: most of the time of making one
+        self.__dict__.update(
+            runtime=runtime,
+            plan=None,
+            plain=False,
+            attending=False,
+            overriding=False,
+            cache=None,
+            reached=False,
+            is_root=False,
+            mask_at=None,
+        )
+
+    runtime: Runtime
+    plan: Plan | None
+    plain: bool  # the host's own read of its weight, inside a fast path
+    attending: bool
+    overriding: bool  # the module's attributes in OVERRIDES read as there
+    cache: dict[str, Tensor | None] | None  # adapted parameters during one call of the host
+    reached: bool  # the module was called since its plan was made
+    is_root: bool
+    mask_at: int | None  # position of attention_mask in the root's forward
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "cache": None, "plain": False, "attending": False}
+
+    def follow(self, plan: Plan | None, overriding: bool) -> None:
+        """Take a plan, which no pass has reached yet."""
+        self.__dict__.update(plan=plan, overriding=overriding, reached=False)
 
     def run(self, module: nn.Module, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The grafted module's forward."""
@@ -216,9 +233,9 @@ def _writer(name: str) -> Callable[[Any, Any], None]:
 
 def arm(module: nn.Module, names: tuple[str, ...]) -> None:
     """Swap the module's class for its grafted one, with properties for `names`."""
-    disarm(module)
-    cls: Any = type(module)
-    module.__class__ = grafted_class(cls, tuple(sorted(names)))
+    cls = grafted_class(original_class(type(module)), tuple(sorted(names)))
+    if type(module) is not cls:
+        module.__class__ = cls
 
 
 def disarm(module: nn.Module) -> None:

@@ -7,21 +7,24 @@ cast, so that they are equal on every device, and nothing is drawn for a backbon
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 Initial = Callable[[Tensor, torch.Generator | None], object]
 
-_generator: ContextVar[torch.Generator | None] = ContextVar("graftwork_generator", default=None)
+LATER = object()  # instead of a generator: every new tensor is overwritten with a stored one, and need not be drawn
+
+_generator: ContextVar[Any] = ContextVar("graftwork_generator", default=None)
 
 
 @contextmanager
-def drawing_from(generator: torch.Generator | None) -> Iterator[None]:
-    """Inside this block, `parameter` draws from `generator`."""
+def drawing_from(generator: torch.Generator | object | None) -> Iterator[None]:
+    """Inside this block, `parameter` draws from `generator`; from LATER it draws nothing and gives zeros."""
     token = _generator.set(generator)
     try:
         yield
@@ -33,18 +36,35 @@ def tensor(shape: tuple[int, ...], init: Initial, like: Tensor | None = None) ->
     """A new tensor filled by `init`, on the device and of the floating dtype of `like`."""
     dtype = like.dtype if like is not None and like.is_floating_point() else torch.get_default_dtype()
     device = like.device if like is not None else torch.device("cpu")
+    generator = _generator.get()
     if device.type == "meta":
         return torch.empty(shape, dtype=dtype, device=device)
+    if generator is LATER:  # zeros, not whatever lies in memory: a method may look at its values (Sparse ranks them)
+        return torch.zeros(shape, dtype=dtype, device=device)
     # a drawing scope such as `torch.device("meta")` must not move the draw
     values = torch.empty(shape, dtype=torch.float32, device="cpu")
     with torch.no_grad():
-        init(values, _generator.get())
+        init(values, generator)
     return values.to(device=device, dtype=dtype)
 
 
 def parameter(shape: tuple[int, ...], init: Initial, like: Tensor | None = None) -> nn.Parameter:
     """A new trainable parameter filled by `init`, on the device and of the dtype of `like`."""
     return nn.Parameter(tensor(shape, init, like))
+
+
+def adopt(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Make stored tensors, named as in `state_dict`, the module's own. Copied only for another dtype or device."""
+    for name, value in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        home = module.get_submodule(path)
+        own = home._parameters.get(leaf)
+        if own is not None:
+            own.data = value.detach().to(own.device, own.dtype)
+        else:
+            old = home._buffers[leaf]
+            assert old is not None
+            home._buffers[leaf] = value.detach().to(old.device, old.dtype)
 
 
 def zeros(t: Tensor, generator: torch.Generator | None = None) -> None:

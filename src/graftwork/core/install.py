@@ -5,8 +5,9 @@ Nothing here can fail half-way: what may be refused is refused before the first 
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -15,30 +16,35 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .adapter import Adapter, Part
 from .attention import caller, register_interface
+from .body import Body
 from .delta import Delta, WeightDelta
 from .errors import GraftError
-from .grafted import Graft, Grafted, arm, backbone_modules, disarm
+from .grafted import Graft, Grafted, arm, disarm
 from .passes import Runtime
 from .plan import Plan
-from .root import Root, graft_in, is_grafted, root_of
+from .root import Root, body_of, graft_in, is_grafted, root_of
 from .site import Site
 
 if TYPE_CHECKING:
     from .rows import Table
 
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
 
 def _home(module: nn.Module) -> nn.Module:
     """Where a module's deltas are registered: itself, or, for a container that runs its children in turn, the first that is none."""
-    return next(m for m in module.modules() if not isinstance(m, nn.Sequential | nn.ModuleList | nn.ModuleDict | Graft))
+    if not isinstance(module, CONTAINERS):
+        return module
+    return next(m for m in module.modules() if not isinstance(m, (*CONTAINERS, Graft)))
 
 
-def check_free(model: nn.Module) -> None:
+def check_free(model: nn.Module, body: Body) -> None:
     """GraftError where the model cannot carry a registry: inside, or around, another grafted model."""
     runtime = root_of(model).runtime if is_grafted(model) else None
     if runtime is not None and root_of(model).merged is not None:
         asked = f"graft onto {type(model).__name__}"
         raise GraftError(asked, f"{root_of(model).merged} is merged into the weights", "call gw.unmerge first")
-    for path, module in backbone_modules(model):
+    for path, module in body.modules.items():
         child = graft_in(module)
         if child is not None and not (isinstance(child, Graft) and child.runtime is runtime):
             what = "another model's adapter" if isinstance(child, Graft) else "an attribute of its own named 'graft'"
@@ -57,40 +63,36 @@ def check_free(model: nn.Module) -> None:
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The backbone's own parameters by name, each once."""
-    seen: set[int] = set()
-    for path, module in backbone_modules(model):
-        for name, p in module._parameters.items():
-            if p is not None and id(p) not in seen:
-                seen.add(id(p))
-                yield f"{path}.{name}" if path else name, p
+    yield from body_of(model).parameters.items()
 
 
-def plant(model: nn.Module, adapter: Adapter) -> Root:
+def plant(model: nn.Module, adapter: Adapter, body: Body) -> Root:
     """Hang an adapter's deltas under their hosts, and freeze the backbone."""
     if not is_grafted(model):
-        root = Root(Runtime())
-        root.thawed = [name for name, p in base_parameters(model) if p.requires_grad]
+        root = Root(Runtime(), body)
+        root.thawed = [name for name, p in body.parameters.items() if p.requires_grad]
         root.mask_at = _mask_position(model)
         root.statistics = {
-            path for path, m in backbone_modules(model) if isinstance(m, _BatchNorm) and m.track_running_stats
+            path for path, m in body.modules.items() if isinstance(m, _BatchNorm) and m.track_running_stats
         }
         if _home(model) is model:
             model.add_module("graft", root)
         else:
             model.__dict__["graft"] = root
     root = root_of(model)
-    for _, p in base_parameters(model):
-        p.requires_grad_(False)
+    for p in body.parameters.values():
+        if p.requires_grad:
+            p.requires_grad_(False)
     for i, part in enumerate(adapter.parts):
         part.shared_modules.train(model.training)
         if len(part.shared_modules):
             _registered(_home(model), root.runtime).add_module(_slot(adapter.name, i, "shared"), part.shared_modules)
         for site in part.sites:
             delta = part.deltas[site.key]
-            delta.runtime = root.runtime
+            delta.__dict__["runtime"] = root.runtime
             delta.train(model.training)  # no dropout in the adapter of a model in evaluation
-            home, slot = _place(model, adapter.name, i, site, delta)
-            _registered(home, root.runtime).add_module(slot, delta)
+            home, slot = _place(root, adapter.name, i, site, delta)
+            _registered(home, root.runtime)._modules[slot] = delta  # the slot's name is sound and free
     root.adapters[adapter.name] = adapter
     return root
 
@@ -101,11 +103,11 @@ def uproot(model: nn.Module, name: str) -> None:
     adapter = root.adapters.pop(name)
     root.runtime.stacks.clear()
     for i, part in enumerate(adapter.parts):
-        homes = [_place(model, name, i, s, part.deltas[s.key]) for s in part.sites]
+        homes = [_place(root, name, i, s, part.deltas[s.key]) for s in part.sites]
         if len(part.shared_modules):
             homes.append((_home(model), _slot(name, i, "shared")))
         for home, slot in homes:
-            delattr(home.graft, slot)
+            del home.graft._modules[slot]  # type: ignore[union-attr]
             if not home.graft._modules and not isinstance(home.graft, Root):  # type: ignore[union-attr]
                 del home.graft
     if not root.adapters:
@@ -118,15 +120,16 @@ def uproot(model: nn.Module, name: str) -> None:
 
 
 def compile_plans(model: nn.Module, chain: Sequence[str], rows: Table | None = None) -> None:
-    """Give every module its plan for the adapters in `chain`, or for one per row, and swap classes accordingly."""
+    """Give every module its plan for the adapters in `chain`, or for one per row, and swap classes accordingly: only those that change."""
     root = root_of(model)
+    modules = root.body.modules
     plans: dict[str, Plan] = {}
     bypassable: set[str] = set()
     attends = False
 
     def plan_of(path: str) -> Plan:
         if path not in plans:
-            plans[path] = Plan(model.get_submodule(path))
+            plans[path] = Plan(modules[path])
         return plans[path]
 
     for site, delta in _pieces(root, chain) if rows is None else rows.deltas:
@@ -141,37 +144,41 @@ def compile_plans(model: nn.Module, chain: Sequence[str], rows: Table | None = N
             plan_of(path).weights.setdefault(name, []).append(step)  # type: ignore[arg-type]
     if attends:
         register_interface()
-    disarm_all(model)
-    root.checked = False
-    if not plans:
-        return
-    ancestors = {""} | {path.rsplit(".", k)[0] for path in plans for k in range(1, path.count(".") + 1)}
-    bypassed = {path.rsplit(".", k)[0] for path in bypassable for k in range(1, path.count(".") + 1)} | {""}
-    for path in sorted(ancestors | set(plans) | root.statistics):
-        module = model.get_submodule(path)
-        if path not in plans and path and isinstance(module, nn.ModuleList | nn.ModuleDict):
+    bypassed = {above for path in bypassable for above in _above(path)}
+    reached = {above for path in plans for above in _above(path)} | root.statistics if plans else set()
+    before, root.armed, root.checked = root.armed, [], False
+    for path in sorted(reached | plans.keys()):
+        module, plan = modules[path], plans.get(path)
+        if plan is None and path and isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             continue
-        holder = _graft_of(module, root.runtime)
-        holder.plan, holder.reached = plans.get(path), False
-        holder.overriding = path in root.statistics or (bool(bypassable) and path in bypassed)
-        names: tuple[str, ...] = ()
-        if holder.plan is not None:
-            if rows is None:
-                holder.plan.compile(module)
-            names = tuple(holder.plan.weights)
-        arm(module, names)
+        _graft_of(module, root.runtime).follow(plan, overriding=path in root.statistics or path in bypassed)
+        if plan is not None and rows is None:
+            plan.compile(module)
+        arm(module, () if plan is None else tuple(plan.weights))
         root.armed.append(module)
+    kept = set(map(id, root.armed))
+    _disarm(module for module in before if id(module) not in kept)
 
 
 def disarm_all(model: nn.Module) -> None:
     """Give every module its own class back; the adapters stay, inactive."""
     root = root_of(model)
-    for module in root.armed:
-        module.graft.plan = None  # type: ignore[union-attr]
+    _disarm(root.armed)
+    root.armed = []
+
+
+def _disarm(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        module.graft.follow(None, overriding=False)  # type: ignore[union-attr, operator]
         disarm(module)
         if not isinstance(module.__dict__.get("graft"), Root):
             module.__dict__.pop("graft", None)
-    root.armed = []
+
+
+@functools.lru_cache(4096)
+def _above(path: str) -> tuple[str, ...]:
+    """The paths of the modules around it, the model's own among them."""
+    return "", *(path.rsplit(".", k)[0] for k in range(1, path.count(".") + 1))
 
 
 def _pieces(root: Root, chain: Sequence[str]) -> Iterator[tuple[Site, Delta]]:
@@ -228,9 +235,9 @@ def _host_path(site: Site, delta: Delta) -> str:
     return site.exit if site.exit is not None and delta.overrides("forward") else site.path
 
 
-def _place(model: nn.Module, name: str, i: int, site: Site, delta: Delta) -> tuple[nn.Module, str]:
+def _place(root: Root, name: str, i: int, site: Site, delta: Delta) -> tuple[nn.Module, str]:
     """The module a delta is registered under, and the name it has there."""
-    host = model.get_submodule(_host_path(site, delta))
+    host = root.body.modules[_host_path(site, delta)]
     home = _home(host)
     return home, _slot(
         name, i, site.role + ("" if site.param == "weight" else f":{site.param}") if home is host else site.key
@@ -247,14 +254,20 @@ def _registered(module: nn.Module, runtime: Runtime) -> Graft:
 
 def _graft_of(module: nn.Module, runtime: Runtime) -> Graft:
     """The module's graft; for one that holds no delta a loose one, no child of it, while it is armed."""
-    if "graft" in module._modules:
-        return module._modules["graft"]  # type: ignore[return-value]
-    return module.__dict__.setdefault("graft", Graft(runtime))
+    found = graft_in(module)
+    if found is None:
+        found = module.__dict__["graft"] = Graft(runtime)
+    return found  # type: ignore[return-value]
+
+
+@functools.lru_cache(4096)
+def _quoted(text: str, safe: str) -> str:
+    return quote(text, safe=safe).replace(".", "%2E")
 
 
 def _slot(name: str, i: int, key: str) -> str:
     """A child's name. Adapter names and paths are data: quoted, so that dots and numbers mean nothing."""
-    return f"{quote(name, safe='')}:{i}:{quote(key, safe=':')}".replace(".", "%2E")
+    return f"{_quoted(name, '')}:{i}:{_quoted(key, ':')}"
 
 
 def _mask_position(model: nn.Module) -> int | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -204,8 +204,20 @@ def _channels_first(module: nn.Module) -> bool:
     """Whether the module's activations are [batch, channels, *space]."""
     if isinstance(module, nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm | nn.GroupNorm):
         return True
-    leaves = [m for m in module.modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear | nn.LayerNorm)]
-    return bool(leaves) and all(isinstance(m, nn.modules.conv._ConvNd) for m in leaves)
+    kinds = {_is_conv(m) for m in _own(module) if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear, nn.LayerNorm))}
+    return kinds == {True}
+
+
+def _own(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and what is below it, without the adapters that hang there."""
+    yield module
+    for name, child in module._modules.items():
+        if child is not None and name != "graft":
+            yield from _own(child)
+
+
+def _is_conv(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.conv._ConvNd)
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

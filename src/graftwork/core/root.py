@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
+from .body import Body
 from .errors import GraftError
 from .grafted import Graft
 from .passes import Clock, Runtime
@@ -18,9 +19,10 @@ from .passes import Clock, Runtime
 class Root(Graft):
     """The graft of the model itself: the registry of its adapters and what is active."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, body: Body) -> None:
         super().__init__(runtime)
         self.is_root = True
+        self.body = body
         self.adapters: dict[str, Adapter] = {}
         self.active: tuple[str, ...] = ()
         self.expression: str | None = None
@@ -69,6 +71,16 @@ def root_of(model: nn.Module) -> Root:
             f"the adapters of {type(model).__name__}", "nothing is grafted on it", "call gw.graft or gw.load first"
         )
     return found
+
+
+def body_of(model: nn.Module) -> Body:
+    """The reading of the backbone: the one that a grafted model keeps, while it holds."""
+    if not is_grafted(model):
+        return Body(model)
+    root = root_of(model)
+    if not root.body.holds():
+        root.body = Body(model)
+    return root.body
 
 
 def is_grafted(model: nn.Module) -> bool:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.anatomy import Anatomy, anatomy
-from ..core.install import base_parameters, is_grafted, root_of
+from ..core.body import Body
+from ..core.root import body_of, is_grafted, root_of
 
 APART = ("head", "lm_head", "pooler")
 COUNT = 64
@@ -74,20 +74,25 @@ def from_json(data: Mapping[str, Any]) -> Fingerprint:
     return Fingerprint(str(data["name"]), str(data["class"]), int(data["parameters"]), data["structure"], numbers)
 
 
-def fingerprint(model: nn.Module, found: Anatomy | None = None) -> Fingerprint:
-    """The fingerprint of the backbone, adapters left out. found: its anatomy, where it is known."""
-    found = found or anatomy(model)
-    apart = {site.path for site in found.sites if site.role in APART}
+def fingerprint(model: nn.Module) -> Fingerprint:
+    """The fingerprint of the backbone, adapters left out."""
+    return body_of(model).once(of_body)
+
+
+def of_body(body: Body) -> Fingerprint:
+    """The fingerprint of a backbone that is read already: `body.once(of_body)`."""
+    model = body.modules[""]
+    apart = {site.path for site in body.anatomy.sites if site.role in APART}
     merged = _before_merging(model)
-    every = [(name, merged.get(id(p), p)) for name, p in base_parameters(model)]
-    body = sorted((name, p) for name, p in every if name.rpartition(".")[0] not in apart) or sorted(every)
-    text = "\n".join(f"{name} {list(p.shape)}" for name, p in body)
+    every = [(name, merged.get(id(p), p)) for name, p in body.parameters.items()]
+    frame = sorted((name, p) for name, p in every if name.rpartition(".")[0] not in apart) or sorted(every)
+    text = "\n".join(f"{name} {list(p.shape)}" for name, p in frame)
     return Fingerprint(
         name=str(getattr(getattr(model, "config", None), "_name_or_path", "") or ""),
         model=type(model).__name__,
-        parameters=sum(p.numel() for _, p in body),
+        parameters=sum(p.numel() for _, p in frame),
         structure=hashlib.sha256(text.encode()).hexdigest(),
-        probe=_probe(body),
+        probe=_probe(frame),
     )
 
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core import install
 from ..core.adapter import Adapter, Part
-from ..core.anatomy import Anatomy, anatomy
+from ..core.body import Body, uncollected
 from ..core.delta import Delta
 from ..core.errors import GraftError, nearest
 from ..core.graft import attach, build, check_name
+from ..core.initial import LATER, adopt
+from ..core.install import check_free
+from ..core.root import body_of
 from . import keys
-from .fingerprint import fingerprint
+from .fingerprint import of_body
+from .finite import finite
 from .read import Stored, StoredMethod, read
 
 
+@uncollected()
 def load(model: nn.Module, folder: str | Path, name: str | None = None, trainable: bool = False) -> Adapter:
     """Load the adapter in `folder` onto `model` and activate it. name: None takes the stored one.
 
@@ -28,25 +34,25 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, trainabl
     stored = read(Path(folder).expanduser())
     asked = f"load {str(folder)!r}"
     name = stored.name if name is None else name
-    install.check_free(model)
+    body = body_of(model)
+    check_free(model, body)
     check_name(model, name)
-    found = anatomy(model)
-    here = fingerprint(model, found)
+    here = body.once(of_body)
     if different := stored.backbone.differs(here):
         raise GraftError(
             f"{asked} onto {type(model).__name__}",
             f"{different}\n    made for: {stored.backbone}\n    this one: {here}",
             "load the backbone that it was made for",
         )
-    adapter = Adapter(name, [_part(i, method, stored, found, asked) for i, method in enumerate(stored.methods)])
+    adapter = Adapter(name, [_part(i, method, stored, body, asked) for i, method in enumerate(stored.methods)])
     adapter.trainable, adapter.labels, adapter.metadata = trainable, stored.labels, stored.metadata
-    attach(model, adapter)
+    attach(model, adapter, body)
     return adapter
 
 
-def _part(index: int, method: StoredMethod, stored: Stored, found: Anatomy, asked: str) -> Part:
+def _part(index: int, method: StoredMethod, stored: Stored, body: Body, asked: str) -> Part:
     """The deltas of one stored method with their stored values; attached to nothing yet."""
-    sites = {site.key: site for site in found.sites}
+    sites, found = body.sites, body.anatomy
     missing = [key for key in method.sites if key not in sites]
     if missing:
         first = f"{found.name} has no site {missing[0]!r}{nearest(missing[0], sites)}"
@@ -55,8 +61,7 @@ def _part(index: int, method: StoredMethod, stored: Stored, found: Anatomy, aske
             f"{first}; {len(missing)} of {len(method.sites)} are missing",
             "load the backbone that it was made for, with the same head",
         )
-    # what a method draws is replaced by stored values, or fixed by its hyper-parameters; torch's generator is not used
-    part = build(method.method, [sites[key] for key in method.sites], found, torch.Generator().manual_seed(0))
+    part = build(method.method, [sites[key] for key in method.sites], found, LATER)
     lost = set(method.sites) - set(part.deltas)
     if lost:
         found_there = f"{method.method} has nothing to do at {sorted(lost)[0]}"
@@ -72,14 +77,15 @@ def _part(index: int, method: StoredMethod, stored: Stored, found: Anatomy, aske
 
 
 def _restore(delta: Delta, tensors: dict[str, Tensor], asked: str) -> None:
-    _check_kinds(delta.state_dict(), tensors, asked)
-    _materialise(delta)
+    own = delta.state_dict(keep_vars=True)
+    _check_kinds(own, tensors, asked)
+    _materialise(delta, own)
     delta.restore(tensors)
     _check_values(delta, tensors, asked)
 
 
 def _restore_shared(modules: nn.ModuleDict, tensors: dict[str, Tensor], asked: str) -> None:
-    own = modules.state_dict()
+    own = modules.state_dict(keep_vars=True)
     _check_kinds(own, tensors, asked)
     for name in sorted(own.keys() | tensors.keys()):
         there, here = tensors.get(name), own.get(name)
@@ -90,8 +96,8 @@ def _restore_shared(modules: nn.ModuleDict, tensors: dict[str, Tensor], asked: s
                 f"stored {text[0]}, expected {text[1]}",
                 "the file was made by other hyper-parameters",
             )
-    _materialise(modules)
-    modules.load_state_dict(tensors)
+    _materialise(modules, own)
+    adopt(modules, tensors)
     _check_values(modules, tensors, asked)
 
 
@@ -106,9 +112,9 @@ def _check_kinds(own: dict[str, Tensor], tensors: dict[str, Tensor], asked: str)
             raise GraftError(f"{asked}/{name}", f"stored as {value.dtype}, expected {here.dtype}", "restore the file")
 
 
-def _materialise(module: nn.Module) -> None:
+def _materialise(module: nn.Module, own: dict[str, Any]) -> None:
     """Give what was built for a backbone on the meta device room for its stored values."""
-    for name, value in module.state_dict(keep_vars=True).items():
+    for name, value in own.items():
         if value.is_meta:
             holder, _, leaf = name.rpartition(".")
             home, room = module.get_submodule(holder), torch.empty_like(value, device="cpu")
@@ -120,8 +126,18 @@ def _materialise(module: nn.Module) -> None:
 
 def _check_values(module: nn.Module, tensors: dict[str, Tensor], asked: str) -> None:
     """GraftError for a number that does not fit the backbone's precision, or what no file holds and is not here."""
-    for name, value in [*module.named_parameters(), *module.named_buffers()]:
+    for name, value in _named(module):
         if value.is_meta:
             raise GraftError(f"{asked}/{name}", "the backbone is on the meta device", "give it its weights first")
-        if name in tensors and value.is_floating_point() and not torch.isfinite(value).all():
+        if name in tensors and tensors[name].dtype != value.dtype and not finite(value):
             raise GraftError(f"{asked}/{name}", f"a number too large for {value.dtype}", "use float32 or bfloat16")
+
+
+def _named(module: nn.Module, above: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, not only those that are stored."""
+    for name, value in [*module._parameters.items(), *module._buffers.items()]:
+        if value is not None:
+            yield above + name, value
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _named(child, f"{above}{name}.")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import re
 import struct
 from collections.abc import Mapping
@@ -11,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -20,8 +21,24 @@ from ..core.method import Method
 from ..core.method import from_json as method_from_json
 from . import fingerprint, keys
 from .atomic import DESCRIPTION, TENSORS, hidden_tensors
+from .finite import finite
 from .save import FORMAT
 
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "BOOL": torch.bool,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 PICKLE = "a pickle, which can run any code when it is opened"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
@@ -120,13 +137,14 @@ def _method(entry: Mapping[str, Any]) -> StoredMethod:
 
 def _tensors(folder: Path, digest: str, asked: str) -> dict[str, Tensor]:
     """The tensors whose bytes have this hash: read once, so that what is checked is what is used."""
-    found, why = None, "missing"
+    found: bytearray | None = None
+    why = "missing"
     for path in (
         folder / TENSORS,
         hidden_tensors(folder, digest),
     ):  # the second: a save was cut off between its renames
         try:
-            data = path.read_bytes()
+            data = _bytes(path)
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -140,16 +158,51 @@ def _tensors(folder: Path, digest: str, asked: str) -> dict[str, Tensor]:
     if broken := _cut(found):
         raise GraftError(f"{asked}: {TENSORS}", broken, "restore the file")
     try:
-        tensors = safetensors.torch.load(found)
-    except Exception as error:  # its errors share no base class
+        tensors = _views(found)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise GraftError(f"{asked}: {TENSORS}", f"damaged: {error}", "restore the file") from error
-    for name, value in tensors.items():
-        if value.is_floating_point() and not torch.isfinite(value.float()).all():
+    size = sum(value.nbytes for value in tensors.values())
+    kinds = {value.dtype for value in tensors.values()}
+    whole = torch.frombuffer(found, dtype=kinds.pop(), offset=len(found) - size) if len(kinds) == 1 and size else None
+    for name, value in tensors.items() if whole is None or not finite(whole) else ():
+        if not finite(value):
             raise GraftError(f"{asked}: the tensor {name!r}", "a number that is not finite", "train it again")
     return tensors
 
 
-def _cut(data: bytes) -> str:
+def _bytes(path: Path) -> bytearray:
+    """The whole file in one buffer that stays: fresh memory costs more than reading, and there is no second copy."""
+    with open(path, "rb", buffering=0) as file:
+        data = bytearray(os.fstat(file.fileno()).st_size)
+        room = memoryview(data)
+        size = 0
+        while size < len(data) and (read := file.readinto(room[size:])):
+            size += read
+        room.release()
+    return data if size == len(data) else data[:size]
+
+
+def _views(data: bytearray) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, as views of its bytes. ValueError where they do not tile it."""
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    header.pop("__metadata__", None)
+    out, end = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, stop = entry["data_offsets"]
+        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+        count = math.prod(shape)
+        if begin != end or count * dtype.itemsize != stop - begin or any(type(n) is not int or n < 0 for n in shape):
+            raise ValueError(f"the place of {name!r}")
+        end = stop
+        at = 8 + length + begin
+        flat = torch.frombuffer(data, dtype=dtype, count=count, offset=at) if count else torch.empty(0, dtype=dtype)
+        # numbers lie where the processor reads them
+        out[name] = flat.view(shape).clone()
+    return out
+
+
+def _cut(data: bytes | bytearray) -> str:
     """What is wrong with the frame of a safetensors file: 8 bytes n, n bytes of JSON, the bytes it speaks of."""
     if len(data) < 8:
         return f"truncated: {len(data)} bytes"
@@ -174,7 +227,7 @@ def _sorted(
         if name in tensors or same not in tensors:
             raise GraftError(f"{asked}: {DESCRIPTION}", f"the alias {name!r} of {same!r}", "restore the file")
     out: tuple[dict[str, dict[str, Tensor]], ...] = tuple({} for _ in range(methods))
-    for text, value in [*tensors.items(), *((name, tensors[same]) for name, same in aliases.items())]:
+    for text, value in [*tensors.items(), *((name, tensors[same].clone()) for name, same in aliases.items())]:
         try:
             index, site, name = keys.split(text)
             place = out[index].setdefault(site, {}) if index >= 0 else None

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from torch import Tensor, nn
 
 from .. import __version__
@@ -21,6 +20,7 @@ from . import keys
 from .atomic import write_adapter
 from .card import card
 from .fingerprint import fingerprint
+from .finite import finite
 
 FORMAT = 1
 
@@ -51,7 +51,7 @@ def save(model: nn.Module, name: str, folder: str | Path, resume: bool = False) 
         "resume": resume,
         "sha256": digest,
         "aliases": aliases,
-        "backbone": fingerprint(model, adapter.parts[0].anatomy).to_json(),
+        "backbone": fingerprint(model).to_json(),
         "versions": _versions(),
         "metadata": _plain(adapter.metadata, "metadata"),
     }
@@ -85,7 +85,7 @@ def _checked(adapter: Adapter, name: str, value: Any) -> Tensor:
     if hasattr(value, "to_local") or hasattr(value, "ds_id"):
         raise GraftError(asked, "only a part of it is in this process", "gather the adapter's parameters first")
     value = value.detach()
-    if value.is_floating_point() and not torch.isfinite(value).all():
+    if not finite(value):
         raise GraftError(
             asked, "a number that is not finite: the training has diverged", "go back to an earlier state; lower lr"
         )
@@ -104,12 +104,12 @@ def _once(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]
             continue
         first[same] = name
         stored[name] = value.cpu().contiguous()
-    # several views of one storage are several tensors on disk
-    seen: set[int] = set()
-    for name, value in stored.items():
-        if value.untyped_storage().data_ptr() in seen:
+    # views of the same numbers are several tensors on disk; those of a loaded adapter lie side by side in one buffer
+    end = 0
+    for name, value in sorted(stored.items(), key=lambda item: item[1].data_ptr()):
+        if value.data_ptr() < end:
             stored[name] = value.clone()
-        seen.add(value.untyped_storage().data_ptr())
+        end = max(end, value.data_ptr() + value.nbytes)
     return stored, aliases
 
 
