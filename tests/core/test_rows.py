@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from conformance.cases import close, leave_init
+from conformance.hosts import BY_NAME, bert, forward, fresh, output
 from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
@@ -18,8 +20,6 @@ from torch import Tensor, nn
 import graftwork as gw
 from graftwork.core.algebra import A, Rows, Stack
 from graftwork.core.install import root_of
-from tests.conformance.cases import close, leave_init
-from tests.conformance.hosts import BY_NAME, bert, forward, fresh, output
 
 METHODS: dict[str, tuple[Any, Any]] = {
     "lora": (gw.LoRA(r=3), gw.LoRA(r=3)),

@@ -77,8 +77,6 @@ def test_loading_draws_nothing_and_holds_the_bytes_of_the_file_alone(tmp_path: P
     adapter = gw.load(model, folder)
     parameters = list(adapter.parameters())
     assert all(p.untyped_storage().nbytes() == p.nbytes for p in parameters), "more is held than its numbers"
-    spread = max(p.data_ptr() + p.nbytes for p in parameters) - min(p.data_ptr() for p in parameters)
-    assert spread == sum(p.nbytes for p in parameters), "they lie side by side in what was read"
 
 
 def test_two_loads_and_aliases_share_no_numbers(tmp_path: Path):

@@ -98,11 +98,9 @@ def build(method: Method, sites: Sequence[Site], found: Anatomy, generator: torc
             delta = method.build(site, part)
             if delta is None:
                 continue
-            delta.__dict__["key"] = site.key
+            delta.key = site.key
             if isinstance(delta, WeightDelta) and "view" not in delta.__dict__:
-                delta.__dict__["view"] = (
-                    site.weight if site.module._parameters.get(site.param) is not None else NO_WEIGHT
-                )
+                delta.view = site.weight if site.module._parameters.get(site.param) is not None else NO_WEIGHT
             part.deltas[site.key] = delta
             kept.append(site)
     if not kept:

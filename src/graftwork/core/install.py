@@ -89,7 +89,7 @@ def plant(model: nn.Module, adapter: Adapter, body: Body) -> Root:
             _registered(_home(model), root.runtime).add_module(_slot(adapter.name, i, "shared"), part.shared_modules)
         for site in part.sites:
             delta = part.deltas[site.key]
-            delta.__dict__["runtime"] = root.runtime
+            delta.runtime = root.runtime
             delta.train(model.training)  # no dropout in the adapter of a model in evaluation
             home, slot = _place(root, adapter.name, i, site, delta)
             _registered(home, root.runtime)._modules[slot] = delta  # the slot's name is sound and free
