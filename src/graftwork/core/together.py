@@ -7,7 +7,7 @@ with the mask and the context of that row; products with its parameters become b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,6 @@ from .delta import Delta
 from .group import Base, Group, Step
 from .likeness import SharedStateError, Slot, narrowed, swapped
 from .plan import Host
-
-if TYPE_CHECKING:
-    pass
 
 
 class Like(Group):
