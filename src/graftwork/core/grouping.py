@@ -18,7 +18,7 @@ from .errors import GraftError
 from .likeness import like
 from .method import Method
 from .passes import Runtime
-from .plan import _channels_first, _disjoint
+from .plan import channels_first, disjoint
 from .rows import Table, check_order, tensors_of
 from .rowwise import Denses, Diagonals, Lookups, LowRanks
 from .site import Site
@@ -146,7 +146,7 @@ def _steps(made: Table, module: nn.Module, chains: Mapping[int, list[tuple[Site,
         elif kind == "lookup":
             yield Lookups(made, key, members, names, module)
         elif kind == "diagonal":
-            yield Diagonals(made, key, members, names, _channels_first(module))
+            yield Diagonals(made, key, members, names, channels_first(module))
         else:
             for group, slots_of in _alike(members):
                 step = Linears(made, key, group, names)
@@ -160,7 +160,7 @@ def _steps(made: Table, module: nn.Module, chains: Mapping[int, list[tuple[Site,
 def fast(module: nn.Module, deltas: Sequence[WeightDelta]) -> list[str]:
     """The forms of one adapter's deltas on a module, or nothing where they do not all have one that the others allow."""
     kinds = [form(module, d) for d in deltas]
-    free = len(deltas) == 1 or all(d.additive for d in deltas) or _disjoint(list(deltas))
+    free = len(deltas) == 1 or all(d.additive for d in deltas) or disjoint(list(deltas))
     return kinds if free and "" not in kinds else []
 
 

@@ -76,7 +76,7 @@ class Plan:
         self.forward: list[tuple[Delta, int]] = []  # delta, width of the site
         self.attend: list[Delta] = []
         self.around: list[Delta] = []
-        self.channels_first = _channels_first(module)
+        self.channels_first = channels_first(module)
         self.keeps = False  # adapted weights are kept from one inference pass to the next
         self._kept: dict[str, Kept] = {}
         self._sources: list[tuple[dict[str, Any], str]] = []  # where the tensors are that they are made of
@@ -89,7 +89,7 @@ class Plan:
         deltas = [d for chain in self.weights.values() for d in chain]
         distinct = list(dict.fromkeys(deltas))
         fast = all(d.view.linear and d.overrides("linear") for d in distinct)
-        if distinct and fast and (all(d.additive for d in distinct) or _disjoint(distinct)):
+        if distinct and fast and (all(d.additive for d in distinct) or disjoint(distinct)):
             self.linear = [(d, Host(module, d.view, first=i == 0)) for i, d in enumerate(distinct)]
         dear = any(10 * d.work() > math.prod(d.view.shape[-2:]) for d in distinct)
         self.keeps = bool(distinct) and all(d.lasting for d in distinct) and (dear or not self.linear)
@@ -194,13 +194,13 @@ def _on_rows(delta: WeightDelta, base: Callable[[Tensor], Tensor], host: Host, x
     return y if new is part else torch.cat([y[..., :a], new, y[..., b:]], dim=-1)
 
 
-def _disjoint(deltas: list[WeightDelta]) -> bool:
+def disjoint(deltas: list[WeightDelta]) -> bool:
     """Whether no two of the deltas touch the same rows of the host's weight, so that the order does not matter."""
     spans = sorted(d.view.rows or (0, d.view.stored[0]) for d in deltas if d.view.rows or len(deltas) == 1)
     return len(spans) == len(deltas) and all(a[1] <= b[0] for a, b in pairwise(spans))
 
 
-def _channels_first(module: nn.Module) -> bool:
+def channels_first(module: nn.Module) -> bool:
     """Whether the module's activations are [batch, channels, *space]."""
     if isinstance(module, nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm | nn.GroupNorm):
         return True
