@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import graftwork as gw
+from graftwork.core.inputs import Input
 from graftwork.core.lowrank import LowRankProduct, dense_is_cheaper, keep_mask, low_rank
 
 SIZE = st.integers(1, 7)
@@ -31,7 +32,7 @@ def test_gradients_are_those_of_the_formula(n: int, d_in: int, d_out: int, r: in
     bias = b if biased else None
 
     def product(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        return LowRankProduct.apply(x, w, bias, down, up, 1.7, 0.0)  # type: ignore[no-any-return]
+        return LowRankProduct.apply(x, w, bias, down, up, 1.7, 0.0, Input(x))  # type: ignore[no-any-return]
 
     def formula(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         return F.linear(x, w, bias) + 1.7 * x @ down.T @ up.T
@@ -48,14 +49,14 @@ def test_a_large_rank_is_one_dense_weight_where_that_is_cheaper(n: int, trains_d
     x, up = x.requires_grad_(), up.requires_grad_()
     down.requires_grad_(trains_down)
     assert dense_is_cheaper(n, 6, 5, 4) == (n == 40)
-    out = LowRankProduct.apply(x, w, b, down, up, 1.3, 0.0)
+    out = LowRankProduct.apply(x, w, b, down, up, 1.3, 0.0, Input(x))
     expected = F.linear(x, w, b) + 1.3 * x @ down.T @ up.T
     torch.testing.assert_close(out, expected)
     wanted = [t for t in (x, down, up) if t.requires_grad]
     grad = torch.randn_like(out)
     for ours, theirs in zip(*(torch.autograd.grad(y, wanted, grad) for y in (out, expected)), strict=True):
         torch.testing.assert_close(ours, theirs)
-    product = lambda *given: LowRankProduct.apply(given[0], w, b, down, given[1], 1.3, 0.0)  # noqa: E731
+    product = lambda *given: LowRankProduct.apply(given[0], w, b, down, given[1], 1.3, 0.0, Input(given[0]))  # noqa: E731
     assert torch.autograd.gradgradcheck(product, (x, up))
 
 
@@ -65,7 +66,7 @@ def test_thin_updates_and_half_precision_never_make_a_weight() -> None:
     x, w, b, down, up = (t.bfloat16() for t in tensors(40, 6, 5, 4))
     saved_shapes: list[torch.Size] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved_shapes.append(t.shape) or t, lambda t: t):
-        LowRankProduct.apply(x.requires_grad_(), w, b, down, up.requires_grad_(), 1.0, 0.0)
+        LowRankProduct.apply(x.requires_grad_(), w, b, down, up.requires_grad_(), 1.0, 0.0, Input(x.requires_grad_()))
     assert torch.Size([4, 40]) in saved_shapes  # the thin product
 
 
@@ -78,7 +79,7 @@ def test_dropout_has_one_mask_in_both_directions(dropout: float) -> None:
     assert 0 < keep.sum() < keep.numel()
     expected = F.linear(x, w, b) + 0.7 * (x * keep / share) @ down.T @ up.T
     torch.manual_seed(3)
-    out = LowRankProduct.apply(x, w, b, down, up, 0.7, dropout)
+    out = LowRankProduct.apply(x, w, b, down, up, 0.7, dropout, Input(x))
     torch.testing.assert_close(out, expected)
     grad = torch.randn_like(out)
     for ours, theirs in zip(*(torch.autograd.grad(y, (x, down, up), grad) for y in (out, expected)), strict=True):
@@ -130,7 +131,7 @@ def test_kept_for_backward_is_the_input_once_and_nothing_else_of_its_size(dropou
     model.train()
     x = torch.randn(4, 10, 32, requires_grad=True)
     sizes = sorted(t.untyped_storage().nbytes() for t in saved(model, x))
-    thin, masks = [4 * 40] * 3, [bytes_each * 40 * 32] * 3 if bytes_each else []
+    thin, masks = [4 * 40] * 3, [bytes_each * 40 * 32] if bytes_each else []  # one draw for the three
     assert sizes == sorted([*thin, *masks, 4 * x.numel()])
 
 

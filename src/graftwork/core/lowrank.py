@@ -2,8 +2,8 @@
 
 A thin product is bound by memory: what matters is how often an activation is read, and in which layout the product is
 asked for. All [*, r] matrices are therefore held as [r, N] (several times faster on a CPU than [N, r]), results are
-added in place into the large product, x is saved once, and no gradient is formed for the frozen weight. Counted in
-activations of the input's size that are kept: one (x itself, shared by q, k and v), and with dropout one byte a number.
+added in place into the large product, and no gradient is formed for the frozen weight. Kept for the backward pass: x once
+for all sites that read it, or nothing where it can be made again (replay.py), and with dropout one byte a number.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .inputs import Input, input_of
 
 if TYPE_CHECKING:
     from .plan import Host
@@ -39,12 +41,19 @@ def low_rank(
         bias = None if bias is None else bias.to(dtype)
         x, weight, down, up = x.to(dtype), weight.to(dtype), down.to(dtype), up.to(dtype)
         with torch.autocast(device, enabled=False):
-            return LowRankProduct.apply(x, weight, bias, down, up, scale, dropout)  # type: ignore[no-any-return]
-    if torch.is_grad_enabled():
-        return LowRankProduct.apply(x, weight, bias, down, up, scale, dropout)  # type: ignore[no-any-return]
+            return _product(x, weight, bias, down, up, scale, dropout, host)
+    return _product(x, weight, bias, down, up, scale, dropout, host)
+
+
+def _product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, dropout: float, host: Host
+) -> Tensor:
+    if dropout or torch.is_grad_enabled():
+        shared = input_of(x, host)
+        return LowRankProduct.apply(x, weight, bias, down, up, scale, dropout, shared)  # type: ignore[no-any-return]
     y = F.linear(x, weight, bias)
-    seen = (F.dropout(x, dropout) if dropout else x).reshape(-1, x.shape[-1])
-    y.view(-1, y.shape[-1]).addmm_((down @ seen.t()).t(), up.t(), alpha=scale)  # the operations of a training pass
+    flat = x.reshape(-1, x.shape[-1])
+    y.view(-1, y.shape[-1]).addmm_((down @ flat.t()).t(), up.t(), alpha=scale)  # the operations of a training pass
     return y
 
 
@@ -54,7 +63,7 @@ def _traced() -> bool:
 
 
 def keep_mask(like: Tensor, dropout: float) -> tuple[Tensor, float]:
-    """What dropout keeps (True with probability 1 - dropout), shaped as `like`, and the exact probability of it.
+    """What dropout keeps (1 with probability 1 - dropout, else 0), shaped as `like`, and the exact probability of it.
 
     On a CPU a number costs 16 random bits, not a 53-bit uniform: seven times faster, and the probability is a multiple of
     1 / 65,536, which the returned value accounts for.
@@ -63,8 +72,12 @@ def keep_mask(like: Tensor, dropout: float) -> tuple[Tensor, float]:
         return torch.empty(like.shape, dtype=torch.bool, device=like.device).bernoulli_(1 - dropout), 1 - dropout
     n = like.numel()
     words = torch.empty((n + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:n]
-    dropped = min(round(dropout * 65536), 65535)
-    return (words >= dropped - 32768).view(like.shape), 1 - dropped / 65536
+    dropped = min(max(round(dropout * 65536), 1), 65535)
+    least = dropped - 32768  # of the words that keep
+    keep = (
+        words.clamp_(least - 1, least).sub_(least - 1).to(torch.uint8)
+    )  # comparisons and bool are several times slower
+    return keep.view(like.shape), 1 - dropped / 65536
 
 
 def dense_is_cheaper(positions: int, d_in: int, d_out: int, r: int) -> bool:
@@ -82,7 +95,15 @@ class LowRankProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, dropout: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        scale: float,
+        dropout: float,
+        shared: Input,
     ) -> Tensor:
         flat, (d_out, d_in) = x.reshape(-1, x.shape[-1]), weight.shape
         # W' in half precision would round the update away
@@ -97,20 +118,19 @@ class LowRankProduct(torch.autograd.Function):
             y = F.linear(x, weight, bias)
         else:
             if dropout:
-                keep, share = keep_mask(flat, dropout)
+                keep, share = shared.mask(dropout, lambda: keep_mask(flat, dropout))
                 scale = scale / share
             y = F.linear(x, weight, bias)
-            thin = down @ _seen(flat, keep).t()  # [r, N]
+            thin = down @ _seen(flat, keep, shared).t()  # [r, N]
             y.view(-1, d_out).addmm_(thin.t(), up.t(), alpha=scale)
-        ctx.save_for_backward(x, weight, down, up, thin, keep)
-        ctx.scale = scale
+        ctx.save_for_backward(shared.keep(x), weight, down, up, thin, keep)
+        ctx.scale, ctx.shared, ctx.shape = scale, shared, x.shape
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, down, up, thin, keep = ctx.saved_tensors
-        flat, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        seen = _seen(flat, keep)
+        kept, weight, down, up, thin, keep = ctx.saved_tensors
+        shared, g = ctx.shared, grad.reshape(-1, grad.shape[-1])
         g_x = g_down = g_up = None
         g_thin: Any = None
         if torch.is_grad_enabled() and ctx.dense:  # a gradient of this gradient: W' must be a function of A and B
@@ -123,16 +143,21 @@ class LowRankProduct(torch.autograd.Function):
                 g_x = g_x.addcmul_(g_thin.t().contiguous() @ down, keep)
             elif not ctx.dense:
                 g_x = g_x.addmm_(g_thin.t().contiguous(), down)
-            g_x = g_x.view(x.shape)
+            g_x = g_x.view(ctx.shape)
+        again = thin is None or torch.is_grad_enabled()
+        if ctx.needs_input_grad[3] or (ctx.needs_input_grad[4] and again):
+            seen = _seen(shared.again(kept).reshape(-1, down.shape[1]), keep, shared)
         if ctx.needs_input_grad[3]:
             g_down = g_thin @ seen
         if ctx.needs_input_grad[4]:
-            if thin is None or torch.is_grad_enabled():
-                thin = down @ seen.t()
+            if again:
+                same = (down.data_ptr(), down.shape, down._version)  # VeRA: one frozen A for q, k and v
+                thin = down @ seen.t() if ctx.needs_input_grad[3] else shared.once(same, lambda: down @ seen.t())
             g_up = (ctx.scale * (thin @ g)).t()
-        return g_x, None, None, g_down, g_up, None, None
+        shared.done()
+        return g_x, None, None, g_down, g_up, None, None, None
 
 
-def _seen(flat: Tensor, keep: Tensor | None) -> Tensor:
+def _seen(flat: Tensor, keep: Tensor | None, shared: Input) -> Tensor:
     """What A sees of x [N, in]."""
-    return flat if keep is None else flat * keep
+    return flat if keep is None else shared.once(id(keep), lambda: flat * keep)
