@@ -48,7 +48,7 @@ def test_a_large_rank_is_one_dense_weight_where_that_is_cheaper(n: int, trains_d
     x, w, b, down, up = tensors(n, 6, 5, 4)
     x, up = x.requires_grad_(), up.requires_grad_()
     down.requires_grad_(trains_down)
-    assert dense_is_cheaper(n, 6, 5, 4) == (n == 40)
+    assert dense_is_cheaper(x.dtype, n, 6, 5, 4) == (n == 40)
     out = LowRankProduct.apply(x, w, b, down, up, 1.3, 0.0, Input(x))
     expected = F.linear(x, w, b) + 1.3 * x @ down.T @ up.T
     torch.testing.assert_close(out, expected)
@@ -61,8 +61,9 @@ def test_a_large_rank_is_one_dense_weight_where_that_is_cheaper(n: int, trains_d
 
 
 def test_thin_updates_and_half_precision_never_make_a_weight() -> None:
-    assert not dense_is_cheaper(10**6, 4096, 4096, 16)
-    assert dense_is_cheaper(1024, 512, 512, 256)
+    assert not dense_is_cheaper(torch.float32, 10**6, 4096, 4096, 16)
+    assert dense_is_cheaper(torch.float32, 1024, 512, 512, 256)
+    assert not dense_is_cheaper(torch.bfloat16, 1024, 512, 512, 256)
     x, w, b, down, up = (t.bfloat16() for t in tensors(40, 6, 5, 4))
     saved_shapes: list[torch.Size] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved_shapes.append(t.shape) or t, lambda t: t):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,9 +52,11 @@ def _product(
     if dropout or torch.is_grad_enabled():
         shared = input_of(x, host)
         return LowRankProduct.apply(x, weight, bias, down, up, scale, dropout, shared)  # type: ignore[no-any-return]
-    y = F.linear(x, weight, bias)
     flat = x.reshape(-1, x.shape[-1])
-    y.view(-1, y.shape[-1]).addmm_((down @ flat.t()).t(), up.t(), alpha=scale)  # the operations of a training pass
+    if whole(x.dtype, flat.shape[0], weight.shape[1]):  # as in a training pass
+        return F.linear(x, torch.addmm(weight, up, down, alpha=scale), bias)
+    y = F.linear(x, weight, bias)
+    y.view(-1, y.shape[-1]).addmm_((down @ flat.t()).t(), up.t(), alpha=scale)
     return y
 
 
@@ -65,13 +68,15 @@ def _traced() -> bool:
 def keep_mask(like: Tensor, dropout: float) -> tuple[Tensor, float]:
     """What dropout keeps (1 with probability 1 - dropout, else 0), shaped as `like`, and the exact probability of it.
 
-    On a CPU a number costs 16 random bits, not a 53-bit uniform: seven times faster, and the probability is a multiple of
+    On a CPU a number costs 16 random bits, not a 53-bit uniform: ten times faster, and the probability is a multiple of
     1 / 65,536, which the returned value accounts for.
     """
     if like.device.type != "cpu":
         return torch.empty(like.shape, dtype=torch.bool, device=like.device).bernoulli_(1 - dropout), 1 - dropout
     n = like.numel()
-    words = torch.empty((n + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:n]
+    seed = int(torch.empty((), dtype=torch.int64).random_())
+    raw = np.random.SFC64(seed).random_raw((n + 3) // 4)  # twice as fast as torch's own generator
+    words = torch.from_numpy(raw).view(torch.int16)[:n]
     dropped = min(max(round(dropout * 65536), 1), 65535)
     least = dropped - 32768  # of the words that keep
     keep = (
@@ -80,14 +85,25 @@ def keep_mask(like: Tensor, dropout: float) -> tuple[Tensor, float]:
     return keep.view(like.shape), 1 - dropped / 65536
 
 
-def dense_is_cheaper(positions: int, d_in: int, d_out: int, r: int) -> bool:
-    """Whether a training step costs fewer multiply-adds by W' = W + s B A, made once, than by thin products.
+def whole(dtype: torch.dtype, positions: int, width: int) -> bool:
+    """Whether W' = W + s B A is made for one product with N positions: it moves fewer numbers than adding to the product.
+
+    width: the other axis of W' beside the one it shares with the product (in for y, out for the gradient of x), so that
+    W' has width / N of the product's size, and costs up to half more for each number. Never in half precision, which
+    would round the update away.
+    """
+    return dtype in (torch.float32, torch.float64) and 3 * width < 2 * positions
+
+
+def dense_is_cheaper(dtype: torch.dtype, positions: int, d_in: int, d_out: int, r: int) -> bool:
+    """Whether a training step makes W' = W + s B A once and keeps it, counted in multiply-adds.
 
     Thin: N r (in + out) forwards, as much for x backwards, and as much for A and B. Dense: r in out to make W', which then
     serves both directions, and N r (in + out) for A and B at most. W' is kept for the backward pass, so only where the
     update is not thin (more than a tenth of the product itself).
     """
-    return 10 * r * (d_in + d_out) > d_in * d_out and d_in * d_out < positions * (d_in + d_out)
+    real = dtype in (torch.float32, torch.float64)
+    return real and 10 * r * (d_in + d_out) > d_in * d_out and d_in * d_out < positions * (d_in + d_out)
 
 
 class LowRankProduct(torch.autograd.Function):
@@ -106,16 +122,14 @@ class LowRankProduct(torch.autograd.Function):
         shared: Input,
     ) -> Tensor:
         flat, (d_out, d_in) = x.reshape(-1, x.shape[-1]), weight.shape
-        # W' in half precision would round the update away
-        ctx.dense = (
-            not dropout
-            and x.dtype in (torch.float32, torch.float64)
-            and dense_is_cheaper(flat.shape[0], d_in, d_out, down.shape[0])
-        )
+        n, r = flat.shape[0], down.shape[0]
+        ctx.kept = not dropout and dense_is_cheaper(x.dtype, n, d_in, d_out, r)
+        ctx.whole = not dropout and whole(x.dtype, n, d_out)  # of the gradient of x
         keep = thin = None
-        if ctx.dense:
-            weight = torch.addmm(weight, up, down, alpha=scale)
-            y = F.linear(x, weight, bias)
+        if ctx.kept or (not dropout and whole(x.dtype, n, d_in)):
+            dense = torch.addmm(weight, up, down, alpha=scale)
+            y = F.linear(x, dense, bias)
+            weight = dense if ctx.kept else weight
         else:
             if dropout:
                 keep, share = shared.mask(dropout, lambda: keep_mask(flat, dropout))
@@ -133,15 +147,16 @@ class LowRankProduct(torch.autograd.Function):
         shared, g = ctx.shared, grad.reshape(-1, grad.shape[-1])
         g_x = g_down = g_up = None
         g_thin: Any = None
-        if torch.is_grad_enabled() and ctx.dense:  # a gradient of this gradient: W' must be a function of A and B
+        if ctx.kept and torch.is_grad_enabled():  # a gradient of this gradient: W' must be a function of A and B
             weight = weight.detach() - ctx.scale * (up @ down).detach() + ctx.scale * (up @ down)
-        if ctx.needs_input_grad[3] or not ctx.dense:
+        thinly = not (ctx.kept or ctx.whole)
+        if ctx.needs_input_grad[3] or (ctx.needs_input_grad[0] and thinly):
             g_thin = (ctx.scale * up.t()) @ g.t()  # [r, N]
         if ctx.needs_input_grad[0]:
-            g_x = g @ weight
+            g_x = g @ (torch.addmm(weight, up, down, alpha=ctx.scale) if ctx.whole and not ctx.kept else weight)
             if keep is not None:
                 g_x = g_x.addcmul_(g_thin.t().contiguous() @ down, keep)
-            elif not ctx.dense:
+            elif thinly:
                 g_x = g_x.addmm_(g_thin.t().contiguous(), down)
             g_x = g_x.view(ctx.shape)
         again = thin is None or torch.is_grad_enabled()
