@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import graftwork as gw
 from graftwork.core.inputs import Input
-from graftwork.core.lowrank import LowRankProduct, dense_is_cheaper, keep_mask, low_rank
+from graftwork.core.lowrank import LowRankProduct, _pieces, dense_is_cheaper, keep_mask, low_rank
 
 SIZE = st.integers(1, 7)
 
@@ -71,9 +71,11 @@ def test_thin_updates_and_half_precision_never_make_a_weight() -> None:
     assert torch.Size([4, 40]) in saved_shapes  # the thin product
 
 
-@pytest.mark.parametrize("dropout", [0.1, 0.5, 0.9])
-def test_dropout_has_one_mask_in_both_directions(dropout: float) -> None:
-    x, w, b, down, up = tensors(6, 5, 4, 2)
+@pytest.mark.parametrize(("dropout", "n", "d_in"), [(0.1, 6, 5), (0.5, 6, 5), (0.9, 6, 5), (0.5, 700, 500)])
+def test_dropout_has_one_mask_in_both_directions(dropout: float, n: int, d_in: int) -> None:
+    x, w, b, down, up = tensors(n, d_in, 4, 2)
+    with torch.no_grad():
+        assert (len(_pieces(x)) > 1) == (n == 700)
     x, down, up = (t.requires_grad_() for t in (x, down, up))
     torch.manual_seed(3)
     keep, share = keep_mask(x, dropout)

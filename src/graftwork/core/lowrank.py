@@ -8,7 +8,8 @@ for all sites that read it, or nothing where it can be made again (replay.py), a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -135,7 +136,7 @@ class LowRankProduct(torch.autograd.Function):
                 keep, share = shared.mask(dropout, lambda: keep_mask(flat, dropout))
                 scale = scale / share
             y = F.linear(x, weight, bias)
-            thin = down @ _seen(flat, keep, shared).t()  # [r, N]
+            thin = _thin(down, flat, keep)  # [r, N]
             y.view(-1, d_out).addmm_(thin.t(), up.t(), alpha=scale)
         ctx.save_for_backward(shared.keep(x), weight, down, up, thin, keep)
         ctx.scale, ctx.shared, ctx.shape = scale, shared, x.shape
@@ -155,24 +156,39 @@ class LowRankProduct(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             g_x = g @ (torch.addmm(weight, up, down, alpha=ctx.scale) if ctx.whole and not ctx.kept else weight)
             if keep is not None:
-                g_x = g_x.addcmul_(g_thin.t().contiguous() @ down, keep)
+                for rows in _pieces(g_x):
+                    g_x[rows].addcmul_(g_thin[:, rows].t().contiguous() @ down, keep[rows])
             elif thinly:
                 g_x = g_x.addmm_(g_thin.t().contiguous(), down)
             g_x = g_x.view(ctx.shape)
         again = thin is None or torch.is_grad_enabled()
         if ctx.needs_input_grad[3] or (ctx.needs_input_grad[4] and again):
-            seen = _seen(shared.again(kept).reshape(-1, down.shape[1]), keep, shared)
+            flat = shared.again(kept).reshape(-1, down.shape[1])
         if ctx.needs_input_grad[3]:
-            g_down = g_thin @ seen
+            g_down = g_thin @ flat if keep is None else _sum(g_thin[:, p] @ (flat[p] * keep[p]) for p in _pieces(flat))
         if ctx.needs_input_grad[4]:
             if again:
                 same = (down.data_ptr(), down.shape, down._version)  # VeRA: one frozen A for q, k and v
-                thin = down @ seen.t() if ctx.needs_input_grad[3] else shared.once(same, lambda: down @ seen.t())
+                common = keep is None and not ctx.needs_input_grad[3]
+                thin = shared.once(same, lambda: down @ flat.t()) if common else _thin(down, flat, keep)
             g_up = (ctx.scale * (thin @ g)).t()
         shared.done()
         return g_x, None, None, g_down, g_up, None, None, None
 
 
-def _seen(flat: Tensor, keep: Tensor | None, shared: Input) -> Tensor:
-    """What A sees of x [N, in]."""
-    return flat if keep is None else shared.once(id(keep), lambda: flat * keep)
+def _thin(down: Tensor, flat: Tensor, keep: Tensor | None) -> Tensor:
+    """A drop(x)^T [r, N]."""
+    if keep is None:
+        return down @ flat.t()
+    return torch.cat([down @ (flat[p] * keep[p]).t() for p in _pieces(flat)], dim=1)
+
+
+def _pieces(flat: Tensor) -> list[slice]:
+    """Rows of [N, d] that are taken at a time: on a CPU what stays in its cache between two operations on it."""
+    n, d = flat.shape
+    rows = max(1, 2**18 // d) if flat.device.type == "cpu" and not torch.is_grad_enabled() else max(n, 1)
+    return [slice(i, min(i + rows, n)) for i in range(0, max(n, 1), rows)]
+
+
+def _sum(terms: Iterator[Tensor]) -> Tensor:
+    return reduce(Tensor.add_, terms)
