@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Part
-from ..core.body import Body, uncollected
+from ..core.body import Body
 from ..core.delta import Delta
 from ..core.errors import GraftError, nearest
 from ..core.graft import attach, build, check_name
@@ -23,7 +22,6 @@ from .finite import finite
 from .read import Stored, StoredMethod, read
 
 
-@uncollected()
 def load(model: nn.Module, folder: str | Path, name: str | None = None, trainable: bool = False) -> Adapter:
     """Load the adapter in `folder` onto `model` and activate it. name: None takes the stored one.
 
