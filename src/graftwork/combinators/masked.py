@@ -88,7 +88,7 @@ class Masked(Substituted):
         self.scoring, self.absolute, self.scores = False, False, {}
         self.rounds, self.decided = self.rounds + 1, last
         for name, w in self.matrices().items():
-            w.masked_fill_(~self.mask(name), 0.0)
+            w.data = w.masked_fill(~self.mask(name), 0.0)  # not in place: see `drawing_from`
 
     def folded(self) -> dict[str, Tensor]:
         """The stored form: for each matrix "bits.name" (uint8, first entry in the highest bit) and "kept.name"; the

@@ -10,7 +10,6 @@ from torch import nn
 from . import lexicon
 from .blocks import Tower, rename, towers
 from .entries import entries, tops
-from .grafted import backbone_modules
 from .projections import find_attention, heads_of
 from .regions import norm_of, regions
 from .site import Site
@@ -67,7 +66,7 @@ class _Reader:
 
     def __init__(self, model: nn.Module) -> None:
         self.root = tree(model)
-        self.paths = tuple(path for path, _ in backbone_modules(model))
+        self.paths = tuple(node.path for node in self.root.below)
         self.config = getattr(model, "config", None)
         self.towers = towers(self.root)
         holders = {id(block) for tower in self.towers for block in tower.blocks if len(tower.blocks) > 1}
@@ -90,7 +89,7 @@ class _Reader:
         else:
             self.plain()
         self.everywhere()
-        for site in [*entries(self.root.module, self.sites.values()), *tops(self.sites.values(), self.paths)]:
+        for site in [*entries(self.root, self.sites.values()), *tops(self.sites.values(), self.paths)]:
             self.put(site)
         return list(self.sites.values())
 
@@ -174,7 +173,8 @@ class _Reader:
         queries = [p for p in sub.of("q") if p.rows is None]
         outputs = sub.of("o")
         size = dims(outputs[0].node.module)[1] if outputs else dims(queries[-1].node.module)[0] if queries else 0
-        modules = [n.module for n in [sub.node, *(p.node.parent for p in sub.parts if p.node.parent)]]
+        above = [p.node.parent for p in sub.parts if p.node.parent]
+        modules = [n.module for n in dict.fromkeys([sub.node, *above])]
         for holder in [*modules, *(getattr(m, "config", None) for m in modules), self.config]:
             for name in ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "attention_heads"):
                 value = getattr(holder, name, None)

@@ -27,7 +27,7 @@ class Tower:
 
 def series(node: Node) -> list[Node]:
     """The members of a series held by `node`; empty where it holds none."""
-    if node.parent is not None and node.speaks_of(lexicon.EXPERT):
+    if not node.children or (node.parent is not None and node.speaks_of(lexicon.EXPERT)):
         return []
     if isinstance(node.module, (nn.ModuleList, nn.Sequential)):
         return [child for child in node.children if child.children]
@@ -36,8 +36,8 @@ def series(node: Node) -> list[Node]:
         return members if len({type(m.module) for m in members}) == 1 and len(members) > 1 else []
     numbered: dict[str, list[Node]] = {}
     for child in node.children:
-        match = re.fullmatch(r"(.*?)_?\d+", child.name)
-        if match and isinstance(child.module, (nn.ModuleList, nn.Sequential)):
+        held = isinstance(child.module, (nn.ModuleList, nn.Sequential))
+        if held and (match := re.fullmatch(r"(.*?)_?\d+", child.name)):
             numbered.setdefault(match[1], []).append(child)
     longest = max(numbered.values(), key=len, default=[])
     return longest if len(longest) > 1 else []

@@ -6,9 +6,7 @@ whether it still holds: modules that came or went, parameters that were replaced
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -73,15 +71,3 @@ class Body:
             address = p.data_ptr() if type(p) is nn.Parameter else 0
             look += address or (p.dtype, p.device), 0 if p.is_inference() else p._version
         return look
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """No garbage collection inside this block: what is built here stays, and a collection walks all that the process holds."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from .grafted import backbone_modules
 from .site import Site
+from .tree import Node
 
 
-def entries(model: nn.Module, sites: Iterable[Site]) -> list[Site]:
+def entries(root: Node, sites: Iterable[Site]) -> list[Site]:
     """The innermost modules whose forward takes `inputs_embeds` and that hold a token embedding and blocks.
 
     exit: path of the token embedding, whose output is the embedded sequence;  width: that of the embeddings.
@@ -23,7 +23,8 @@ def entries(model: nn.Module, sites: Iterable[Site]) -> list[Site]:
     blocks = [s for s in known if s.role == "block"]
     crossing = [s.path for s in known if s.role == "attn" and s.cross]
     found: list[tuple[str, nn.Module, str, nn.Embedding]] = []
-    for path, module in backbone_modules(model):
+    for node in root.below:
+        path, module = node.path, node.module
         if "inputs_embeds" in _parameters(type(module)) and any(_below(b.path, path) for b in blocks):  # type: ignore[arg-type]
             own = _table(path, module, blocks)
             if own is not None:

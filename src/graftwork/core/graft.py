@@ -13,7 +13,7 @@ from . import grouping, install, labels
 from .adapter import Adapter, Part
 from .algebra import A, Expr, Rows, as_expr
 from .anatomy import Anatomy
-from .body import Body, uncollected
+from .body import Body
 from .delta import WeightDelta
 from .errors import GraftError, nearest
 from .initial import drawing_from
@@ -23,7 +23,6 @@ from .weight import NO_WEIGHT
 from .where import select
 
 
-@uncollected()
 def graft(
     model: nn.Module,
     methods: Method | str | Sequence[Any],

@@ -24,7 +24,10 @@ _generator: ContextVar[Any] = ContextVar("graftwork_generator", default=None)
 
 @contextmanager
 def drawing_from(generator: torch.Generator | object | None) -> Iterator[None]:
-    """Inside this block, `parameter` draws from `generator`; from LATER it draws nothing and gives zeros."""
+    """Inside this block, `parameter` draws from `generator`.
+
+    From LATER it draws nothing and gives one zero that is seen everywhere: it can be looked at, but not written into.
+    """
     token = _generator.set(generator)
     try:
         yield
@@ -39,8 +42,8 @@ def tensor(shape: tuple[int, ...], init: Initial, like: Tensor | None = None) ->
     generator = _generator.get()
     if device.type == "meta":
         return torch.empty(shape, dtype=dtype, device=device)
-    if generator is LATER:  # zeros, not whatever lies in memory: a method may look at its values (Sparse ranks them)
-        return torch.zeros(shape, dtype=dtype, device=device)
+    if generator is LATER:  # not whatever lies in memory: a method may look at its values (Sparse ranks them)
+        return torch.zeros((), dtype=dtype, device=device).expand(shape)
     # a drawing scope such as `torch.device("meta")` must not move the draw
     values = torch.empty(shape, dtype=torch.float32, device="cpu")
     with torch.no_grad():
@@ -57,7 +60,7 @@ def adopt(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Make stored tensors, named as in `state_dict`, the module's own. Copied only for another dtype or device."""
     for name, value in tensors.items():
         path, _, leaf = name.rpartition(".")
-        home = module.get_submodule(path)
+        home = module.get_submodule(path) if path else module
         own = home._parameters.get(leaf)
         if own is not None:
             own.data = value.detach().to(own.device, own.dtype)

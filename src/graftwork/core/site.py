@@ -10,7 +10,7 @@ from torch import nn
 from .weight import Weight, weight_of
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # not frozen: a model has hundreds, and freezing doubles what each costs
 class Site:
     """One place of the backbone, found by `anatomy`.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import nn
@@ -14,28 +13,19 @@ from . import lexicon
 from .grafted import Graft
 
 
-@dataclass(eq=False)
 class Node:
-    """A module at its first path. A module that is reached twice (shared layers) is one node."""
+    """A module at its first path. A module that is reached twice (shared layers) is one node.
 
-    path: str
-    module: nn.Module
-    parent: Node | None
-    children: list[Node] = field(default_factory=list)
+    name, cls: its own name and that of its class, in lower case;  kind: "linear", "conv", "mha", "embed", "norm" or ""
+    (anything else).
+    """
 
-    @cached_property
-    def name(self) -> str:
-        return self.path.rpartition(".")[2].lower()
-
-    @cached_property
-    def cls(self) -> str:
-        """The class's name, in lower case."""
-        return type(self.module).__name__.lower()
-
-    @cached_property
-    def kind(self) -> str:
-        """ "linear", "conv", "mha", "embed", "norm" or "" (anything else)."""
-        return kind(self.module)
+    def __init__(self, path: str, module: nn.Module, parent: Node | None) -> None:
+        self.path, self.module, self.parent = path, module, parent
+        self.children: list[Node] = []
+        self.name = path.rpartition(".")[2].lower()
+        self.cls = type(module).__name__.lower()
+        self.kind = kind(module)
 
     @cached_property
     def telling(self) -> str:
@@ -127,8 +117,7 @@ def dims(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, nn.MultiheadAttention):
         return module.embed_dim, module.embed_dim
     if not stored_in_out(module) and hasattr(module, "in_features") and hasattr(module, "out_features"):
-        out, into = (getattr(module, f"{side}_features") for side in ("out", "in"))
-        return int(out), int(into)
+        return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
     weight = module._parameters["weight"]
     assert weight is not None
     rows, columns = weight.shape

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Part
-from ..core.body import Body, uncollected
+from ..core.body import Body
 from ..core.delta import Delta
 from ..core.errors import GraftError, nearest
 from ..core.graft import attach, build, check_name
@@ -23,7 +22,6 @@ from .finite import finite
 from .read import Stored, StoredMethod, read
 
 
-@uncollected()
 def load(model: nn.Module, folder: str | Path, name: str | None = None, trainable: bool = False) -> Adapter:
     """Load the adapter in `folder` onto `model` and activate it. name: None takes the stored one.
 
@@ -77,16 +75,13 @@ def _part(index: int, method: StoredMethod, stored: Stored, body: Body, asked: s
 
 
 def _restore(delta: Delta, tensors: dict[str, Tensor], asked: str) -> None:
-    own = delta.state_dict(keep_vars=True)
-    _check_kinds(own, tensors, asked)
-    _materialise(delta, own)
+    _prepare(delta, tensors, asked)
     delta.restore(tensors)
     _check_values(delta, tensors, asked)
 
 
 def _restore_shared(modules: nn.ModuleDict, tensors: dict[str, Tensor], asked: str) -> None:
     own = modules.state_dict(keep_vars=True)
-    _check_kinds(own, tensors, asked)
     for name in sorted(own.keys() | tensors.keys()):
         there, here = tensors.get(name), own.get(name)
         if there is None or here is None or there.shape != here.shape:
@@ -96,25 +91,25 @@ def _restore_shared(modules: nn.ModuleDict, tensors: dict[str, Tensor], asked: s
                 f"stored {text[0]}, expected {text[1]}",
                 "the file was made by other hyper-parameters",
             )
-    _materialise(modules, own)
+    _prepare(modules, tensors, asked)
     adopt(modules, tensors)
     _check_values(modules, tensors, asked)
 
 
-def _check_kinds(own: dict[str, Tensor], tensors: dict[str, Tensor], asked: str) -> None:
-    """GraftError where integers are stored for real numbers, or the other way round.
+def _prepare(module: nn.Module, tensors: dict[str, Tensor], asked: str) -> None:
+    """Give the module room for these values where it has none (meta device).
 
-    Real numbers take the precision of the backbone.
+    GraftError where integers are stored for real numbers, or the other way round. Real numbers take the precision of the
+    backbone.
     """
+    own = dict(_named(module))  # a fraction of the time of a state_dict
     for name, value in tensors.items():
         here = own.get(name, value)
         if here.dtype != value.dtype and not (here.is_floating_point() and value.is_floating_point()):
             raise GraftError(f"{asked}/{name}", f"stored as {value.dtype}, expected {here.dtype}", "restore the file")
-
-
-def _materialise(module: nn.Module, own: dict[str, Any]) -> None:
-    """Give what was built for a backbone on the meta device room for its stored values."""
-    for name, value in own.items():
+    if not any(value.is_meta for value in own.values()):
+        return
+    for name, value in module.state_dict(keep_vars=True).items():
         if value.is_meta:
             holder, _, leaf = name.rpartition(".")
             home, room = module.get_submodule(holder), torch.empty_like(value, device="cpu")

@@ -2,43 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-import os
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..core.errors import GraftError
 from ..core.method import Method
 from ..core.method import from_json as method_from_json
 from . import fingerprint, keys
-from .atomic import DESCRIPTION, TENSORS, hidden_tensors
-from .finite import finite
+from .atomic import DESCRIPTION, TENSORS
 from .save import FORMAT
+from .tensors import read_tensors
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "BOOL": torch.bool,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 PICKLE = "a pickle, which can run any code when it is opened"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
@@ -86,7 +66,7 @@ def read(folder: Path) -> Stored:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         found = f"damaged: {type(error).__name__}: {error}"
         raise GraftError(f"{asked}: {DESCRIPTION}", found, "restore the file") from error
-    tensors = _sorted(_tensors(folder, digest, asked), aliases, len(methods), asked)
+    tensors = _sorted(read_tensors(folder, digest, asked), aliases, len(methods), asked)
     labels = None if labels is None else tuple(labels)
     return Stored(description["name"], methods, tensors, labels, backbone, description["metadata"])
 
@@ -133,90 +113,6 @@ def _method(entry: Mapping[str, Any]) -> StoredMethod:
     if not texts or not sites or len(set(sites)) < len(sites):
         raise ValueError("the sites of a method")
     return StoredMethod(method_from_json(entry["method"]), tuple(sites))
-
-
-def _tensors(folder: Path, digest: str, asked: str) -> dict[str, Tensor]:
-    """The tensors whose bytes have this hash: read once, so that what is checked is what is used."""
-    found: bytearray | None = None
-    why = "missing"
-    for path in (
-        folder / TENSORS,
-        hidden_tensors(folder, digest),
-    ):  # the second: a save was cut off between its renames
-        try:
-            data = _bytes(path)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise GraftError(f"{asked}: {path.name}", f"{error.strerror}", "make it readable") from error
-        if hashlib.sha256(data).hexdigest() == digest:
-            found = data
-            break
-        why = _cut(data) or "altered: its bytes are not those that adapter.json was written with"
-    if found is None:
-        raise GraftError(f"{asked}: {TENSORS}", why, "restore the file")
-    if broken := _cut(found):
-        raise GraftError(f"{asked}: {TENSORS}", broken, "restore the file")
-    try:
-        tensors = _views(found)
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise GraftError(f"{asked}: {TENSORS}", f"damaged: {error}", "restore the file") from error
-    size = sum(value.nbytes for value in tensors.values())
-    kinds = {value.dtype for value in tensors.values()}
-    whole = torch.frombuffer(found, dtype=kinds.pop(), offset=len(found) - size) if len(kinds) == 1 and size else None
-    for name, value in tensors.items() if whole is None or not finite(whole) else ():
-        if not finite(value):
-            raise GraftError(f"{asked}: the tensor {name!r}", "a number that is not finite", "train it again")
-    return tensors
-
-
-def _bytes(path: Path) -> bytearray:
-    """The whole file in one buffer that stays: fresh memory costs more than reading, and there is no second copy."""
-    with open(path, "rb", buffering=0) as file:
-        data = bytearray(os.fstat(file.fileno()).st_size)
-        room = memoryview(data)
-        size = 0
-        while size < len(data) and (read := file.readinto(room[size:])):
-            size += read
-        room.release()
-    return data if size == len(data) else data[:size]
-
-
-def _views(data: bytearray) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, as views of its bytes. ValueError where they do not tile it."""
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    header.pop("__metadata__", None)
-    out, end = {}, 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, stop = entry["data_offsets"]
-        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-        count = math.prod(shape)
-        if begin != end or count * dtype.itemsize != stop - begin or any(type(n) is not int or n < 0 for n in shape):
-            raise ValueError(f"the place of {name!r}")
-        end = stop
-        at = 8 + length + begin
-        flat = torch.frombuffer(data, dtype=dtype, count=count, offset=at) if count else torch.empty(0, dtype=dtype)
-        # numbers lie where the processor reads them
-        out[name] = flat.view(shape).clone()
-    return out
-
-
-def _cut(data: bytes | bytearray) -> str:
-    """What is wrong with the frame of a safetensors file: 8 bytes n, n bytes of JSON, the bytes it speaks of."""
-    if len(data) < 8:
-        return f"truncated: {len(data)} bytes"
-    (length,) = struct.unpack("<Q", data[:8])
-    if 8 + length > len(data):
-        return f"truncated: its header needs {length:,} bytes, the file has {len(data):,}"
-    try:
-        header = json.loads(data[8 : 8 + length])
-        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
-        return "damaged: its header cannot be read"
-    size = len(data) - 8 - length
-    kind = "truncated" if size < end else "longer than its header says"
-    return "" if size == end else f"{kind}: {size:,} bytes of tensors, its header speaks of {end:,}"
 
 
 def _sorted(
