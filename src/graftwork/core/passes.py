@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Runtime:
     """What the sites of one model share: the pass, its inputs and the context.
 
-    depth: how many grafted calls are open;  state: what deltas hand to each other within a pass (cleared by the root's call);
+    running: the outermost grafted call is open;  state: what deltas hand to each other within a pass (cleared by the root's call);
     context: side information per batch or row, set by `gw.context`;  mask: the padding mask [batch, seq] of the pass, or None.
     keeps_weights: inference passes keep adapted weights that are dear to make, set by `gw.keep_weights`.
     rows: which adapter each row has, while `rows(...)` is active;  stacks: tensors of many adapters as one, kept for the next `rows`;
@@ -30,7 +30,7 @@ class Runtime:
     """
 
     def __init__(self) -> None:
-        self.depth = 0
+        self.running = False
         self.state: dict[Any, Any] = {}
         self.context: dict[str, Any] = {}
         self.mask: Tensor | None = None
@@ -41,7 +41,7 @@ class Runtime:
 
     def __getstate__(self) -> dict[str, Any]:
         # a copied or pickled model starts outside any pass
-        outside = {"depth": 0, "state": {}, "mask": None, "stacks": {}, "generating": 0}
+        outside = {"running": False, "state": {}, "mask": None, "stacks": {}, "generating": 0}
         return {"context": self.context, "rows": self.rows, "keeps_weights": self.keeps_weights, **outside}
 
     @contextmanager
@@ -56,7 +56,7 @@ class Runtime:
     @property
     def open(self) -> bool:
         """Whether a pass is open, or a backward pass is running a checkpointed block again."""
-        if self.depth:
+        if self.running:
             return True
         return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
