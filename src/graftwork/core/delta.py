@@ -137,7 +137,7 @@ class WeightDelta(Delta):
         raise NotImplementedError
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """(down [*batch, r, in], up [*batch, out, r]) where W' = W + up down, otherwise None.
+        """(down [*batch, r, in], up [*batch, out, r]) of a delta with W' = W + up down. One that overrides it always has them.
 
         Dropout of the input of `down` is the delta's attribute `dropout`.
         """
@@ -180,7 +180,7 @@ class WeightDelta(Delta):
         return self.view.restore_bias(stored, self.bias(self.view.bias_of(stored)))
 
     def overrides(self, function: str) -> bool:
-        if function in ("weight", "bias", "linear"):
+        if function in ("weight", "bias", "linear", "factors", "diagonal"):
             return getattr(type(self), function) is not getattr(WeightDelta, function)
         return super().overrides(function)
 

@@ -114,6 +114,7 @@ def build(method: Method, sites: Sequence[Site], found: Anatomy, generator: torc
     return part
 
 
+@uncollected()
 def activate(model: nn.Module, expression: Expr | str | None) -> None:
     """Make an expression over adapters the active one; None is the bare backbone, run by its own code.
 
@@ -133,7 +134,7 @@ def activate(model: nn.Module, expression: Expr | str | None) -> None:
             raise GraftError(f"activate {e}", "an adapter stands in it twice", "name each adapter once")
     if root.merged is not None and chain:
         raise GraftError(f"activate {e}", f"{root.merged} is merged into the weights", "call gw.unmerge first")
-    rows = grouping.table(model, e, root.adapters, root.runtime) if isinstance(e, Rows) else None
+    rows = grouping.table(root.body.modules, e, root.adapters, root.runtime) if isinstance(e, Rows) else None
     install.compile_plans(model, chain, None if rows is None or rows.uniform else rows)
     root.runtime.rows = rows
     for name in dict.fromkeys((*root.active, *chain)):  # no other has a parameter that asks for gradients

@@ -163,16 +163,16 @@ def tensors_of(deltas: Iterable[Any]) -> Iterable[Tensor]:
     """Every parameter and buffer of deltas, or of lists of them."""
     for delta in deltas:
         if isinstance(delta, nn.Module):
-            yield from delta.parameters()
-            yield from delta.buffers()
+            yield from (t for t in (*delta._parameters.values(), *delta._buffers.values()) if t is not None)
+            yield from tensors_of(m for m in delta._modules.values() if m is not None)
         else:
             yield from tensors_of(delta)
 
 
-def check_order(model: nn.Module, paths: Iterable[str]) -> None:
+def check_order(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> None:
     """GraftError where a module that is adapted has the batch as its second axis."""
     kinds = (nn.MultiheadAttention, nn.RNNBase, nn.Transformer)
-    second = [path for path, m in model.named_modules() if isinstance(m, kinds) and not m.batch_first]
+    second = [path for path, m in modules.items() if isinstance(m, kinds) and not m.batch_first]
     for path in paths:
         for at in second:
             around = at.rpartition(".")[0]
