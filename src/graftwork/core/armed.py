@@ -87,13 +87,16 @@ class Armed:
         mask = kwargs.get("attention_mask")
         if root is not None and mask is None and root.mask_at is not None and len(args) > root.mask_at:
             mask = args[root.mask_at]
-        if runtime.rows is not None:
-            runtime.rows.begin(module.training, args, kwargs)
+        rows = runtime.rows
+        if rows is not None:
+            rows.begin(module.training, args, kwargs)
         runtime.begin(mask if root is not None or (mask is not None and mask.dim() == 2) else None)
         if root is not None:
             root.begin(module.training)
         runtime.running = True
         try:
+            if rows is not None and rows.unknown:
+                rows.look(module, partial(self.run, module, forward), args, kwargs)
             out = self.run(module, forward, args, kwargs)
         finally:
             runtime.running = False

@@ -130,20 +130,24 @@ def compile_plans(model: nn.Module, chain: Sequence[str], rows: Table | None = N
     modules = root.body.modules
     plans: dict[str, Plan] = {}
     bypassable: set[str] = set()
-    attends = False
+    attends, key = False, ""
 
     def plan_of(path: str) -> Plan:
         if path not in plans:
             plans[path] = Plan(modules[path])
+        if rows is not None:
+            rows.host(key, path, modules[path])
         return plans[path]
 
     for site, delta in _pieces(root, chain) if rows is None else rows.deltas:
+        key = site.key
         _add(plan_of, site, delta)
         attends |= delta.overrides("attend")
         if not isinstance(delta, WeightDelta):
             bypassable.add(_host_path(site, delta))
     for path, step in () if rows is None else rows.steps:
         bypassable.add(path)
+        key = step.key
         plan_of(path).rowwise.append(step)
         for name in step.names:
             plan_of(path).weights.setdefault(name, []).append(step)  # type: ignore[arg-type]

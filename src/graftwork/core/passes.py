@@ -26,6 +26,7 @@ class Runtime:
     context: side information per batch or row, set by `gw.context`;  mask: the padding mask [batch, seq] of the pass, or None.
     keeps_weights: inference passes keep adapted weights that are dear to make, set by `gw.keep_weights`.
     rows: which adapter each row has, while `rows(...)` is active;  stacks: tensors of many adapters as one, kept for the next `rows`;
+    by_rows: modules, by path, that are known to have the batch along axis 0, and whether several entries there belong to one row.
     generating: inside `model.generate`, where a row of the batch may have become several.
     """
 
@@ -37,12 +38,14 @@ class Runtime:
         self.keeps_weights = True
         self.rows: Table | None = None
         self.stacks: dict[Any, Any] = {}
+        self.by_rows: dict[str, bool] = {}
         self.generating = 0
 
     def __getstate__(self) -> dict[str, Any]:
         # a copied or pickled model starts outside any pass
         outside = {"running": False, "state": {}, "mask": None, "stacks": {}, "generating": 0}
-        return {"context": self.context, "rows": self.rows, "keeps_weights": self.keeps_weights, **outside}
+        kept = {name: getattr(self, name) for name in ("context", "rows", "keeps_weights", "by_rows")}
+        return kept | outside
 
     @contextmanager
     def generation(self) -> Iterator[None]:
