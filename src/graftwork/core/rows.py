@@ -135,7 +135,7 @@ class Table:
         self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
         """Before the first pass through a part of the model: find out about its hosts."""
-        if id(module) in self._looked or self.batch < 2 or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.batch < 2 or id(module) in self._looked:
             return
         self._looked.add(id(module))
         self.runtime.by_rows |= by_rows(self.hosts, module, call, self.batch, args, kwargs)
