@@ -161,10 +161,8 @@ class Table:
 
     def wide(self, t: Tensor, key: str) -> Tensor:
         """The input of a site for the whole batch; one that is the same for all rows (positions) is repeated."""
-        if t.shape[0] == 1 and self.batch > 1:
-            known = all(path in self.runtime.by_rows for path in self.paths[key])
-            if known or t.dim() == 1 or t.shape[1] != self.batch:
-                return t.expand(self.batch, *t.shape[1:])
+        if t.shape[0] == 1 < self.batch and all(path in self.runtime.by_rows for path in self.paths[key]):
+            return t.expand(self.batch, *t.shape[1:])
         self.check(t, key)
         return t
 

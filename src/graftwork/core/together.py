@@ -18,8 +18,11 @@ from .group import Base, Group, Step
 from .likeness import SharedStateError, Slot, narrowed, swapped
 from .plan import Host
 
-
-OF_VMAP = ("vmap", "atching rule", "FuncTorchBatched")  # in the messages of errors that are about vectorising, and in no others
+OF_VMAP = (
+    "vmap",
+    "atching rule",
+    "FuncTorchBatched",
+)  # in the messages of errors that are about vectorising, and in no others
 
 
 class Like(Group):
@@ -43,7 +46,10 @@ class Like(Group):
         if not self.apart:
             try:
                 return self._together(function, ts, fixed | {"base": None})
-            except (SharedStateError, RuntimeError) as error:  # a branch on values, state of the pass: it does not vectorise
+            except (
+                SharedStateError,
+                RuntimeError,
+            ) as error:  # a branch on values, state of the pass: it does not vectorise
                 if not (isinstance(error, SharedStateError) or any(word in str(error) for word in OF_VMAP)):
                     raise
                 self.apart = True
