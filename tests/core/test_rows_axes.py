@@ -204,5 +204,5 @@ def test_what_depends_on_the_pass_is_not_stacked() -> None:
 @pytest.mark.parametrize("distinct", [1, 2])
 def test_no_rows_at_all(distinct: int) -> None:
     model, inputs = grafted("bert", gw.LoRA(r=2), gw.LoRA(r=3)), BY_NAME["bert"].inputs()
-    with pytest.raises(gw.GraftError, match="(?s)a batch of 0 and 2 names"):
+    with pytest.raises(gw.GraftError, match=r"(?s)a batch of 0 and 2 names"):
         together(model, ["a", "b"][:distinct] * (3 - distinct), {k: v[:0] for k, v in inputs.items()})
