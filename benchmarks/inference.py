@@ -34,9 +34,9 @@ def batch_of(model: nn.Module) -> Callable[[], None]:
     return call
 
 
-def token_of(model: nn.Module) -> Callable[[], None]:
-    """One more token behind 128 in the cache; the cache is cut back afterwards."""
-    ids = torch.randint(0, 8000, (1, 128), generator=torch.Generator().manual_seed(1))
+def token_of(model: nn.Module, rows: int = 1) -> Callable[[], None]:
+    """One more token of each row behind 128 in the cache; the cache is cut back afterwards."""
+    ids = torch.randint(0, 8000, (rows, 128), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         cache = model(input_ids=ids, use_cache=True).past_key_values
 

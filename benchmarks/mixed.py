@@ -1,7 +1,8 @@
 """Mixed batches: the forward pass of a batch whose rows have adapters of their own, against the bare backbone's.
 
 A BERT-like model (6 x 384, mlp 1536), 64 rows x 32 tokens, with 1, 8, 32 and 64 distinct adapters, drawn at random for the rows; and
-HF PEFT's `adapter_names` on the same model. Calls are interleaved in one process; the ratio is the median of the ratios within a round.
+HF PEFT's `adapter_names` on the same model. With --decode: a Llama-like model (8 x 512) makes one more token for each row behind a
+cache of 128, without the peer. Calls are interleaved in one process; the ratio is the median of the ratios within a round.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from measure import bert_like, interleaved, ratio
+from inference import token_of
+from measure import bert_like, interleaved, llama_like, ratio, steady_allocator
 from torch import nn
 
 import graftwork as gw
 
-LINEAR = "q, k, v, o, up, down"
+LINEAR = "q, k, v, o, gate, up, down | q, k, v, o, up, down"
 KINDS: dict[str, tuple[float, Callable[[int], Any]]] = {  # name -> target, method of adapter i
     "lora": (1.28, lambda i: gw.LoRA(r=8, at=LINEAR)),
     "ia3": (1.08, lambda i: gw.IA3()),
@@ -69,9 +71,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--sorted", action="store_true", help="rows with the same adapter stand side by side")
+    parser.add_argument("--decode", action="store_true", help="one token for each row behind a cache")
     parser.add_argument("--no-peft", action="store_true", help="leave HF PEFT out")
     args = parser.parse_args(argv)
-    base = bert_like().eval().to(args.device)
+    steady_allocator()
+    base = (llama_like() if args.decode else bert_like()).eval().requires_grad_(False).to(args.device)
     ids = torch.randint(5, 8000, (args.rows, args.tokens), generator=torch.Generator().manual_seed(0)).to(args.device)
     print(f"{'adapters':<12} {'distinct':>8} {'library':<10} {'bare ms':>9} {'ms':>9} {'target':>7} {'ratio':>7}")
     for kind in args.kinds:
@@ -81,10 +85,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             model = grafted(base, kind, distinct)
             gw.activate(model, gw.rows(names))
             calls: dict[str, Callable[[], object]] = {
-                "bare": lambda: base(ids),
-                "graftwork": lambda model=model: model(ids),
+                "bare": token_of(base, args.rows) if args.decode else lambda: base(ids),
+                "graftwork": token_of(model, args.rows) if args.decode else lambda model=model: model(ids),
             }
-            if kind == "lora" and not args.no_peft:
+            if kind == "lora" and not args.no_peft and not args.decode:
                 other = peft(base, distinct)
                 calls["HF PEFT"] = lambda other=other, names=names: other(input_ids=ids, adapter_names=names)
             with torch.no_grad():

@@ -263,7 +263,7 @@ def test_context_holds_for_its_block() -> None:
     delta = next(gw.graft(model, gw.LoRA(r=2)).deltas())
     with gw.context(model, task="mnli"):
         assert delta.context("task") == "mnli"
-        assert copy.deepcopy(model)[0].graft.runtime.context == {"task": "mnli"}
+        assert copy.deepcopy(model)[0]._armed.runtime.context == {"task": "mnli"}
     assert delta.context("task") is None
 
 

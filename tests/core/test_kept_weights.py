@@ -34,7 +34,7 @@ def grafted(name: str) -> tuple[nn.Module, gw.Adapter, Tensor, Plan]:
     with torch.no_grad():
         for p in adapter.parameters():
             p.normal_()
-    plan = model[0].graft.plan
+    plan = model[0]._armed.plan
     assert plan.keeps
     return model, adapter, x, plan
 
@@ -99,9 +99,9 @@ def test_training_activation_and_the_switch_free_it(name: str) -> None:
     assert not plan._kept
     gw.keep_weights(model)
     fill()
-    assert not copy.deepcopy(model)[0].graft.plan._kept
+    assert not copy.deepcopy(model)[0]._armed.plan._kept
     gw.activate(model, None)
-    assert model[0].__dict__.get("graft") is None or model[0].graft.plan is None
+    assert "_armed" not in model[0].__dict__
 
 
 def test_dropout_in_training_mode_is_not_lost_without_gradients() -> None:
@@ -120,8 +120,8 @@ def test_lora_on_linear_layers_keeps_nothing() -> None:
     gw.graft(model, gw.LoRA(r=6, at="linear"), head=False)
     with torch.no_grad():
         model(x)
-    assert not model[0].graft.plan.keeps
-    assert not model[0].graft.plan._kept
+    assert not model[0]._armed.plan.keeps
+    assert not model[0]._armed.plan._kept
 
 
 def test_a_delta_that_depends_on_the_pass_is_never_kept() -> None:

@@ -17,7 +17,7 @@ from graftwork.core.method import Method, flatten, get, method, preset
 from graftwork.core.site import Site
 
 from .hypernetwork import Controller, GeneratedDelta, GeneratedWeight, Tasks
-from .outer import inherit
+from .inherit import inherit
 
 
 @method("generated")
@@ -63,7 +63,7 @@ class Generated(Method):
             found = f"{self.of.name} holds more than the parameters of each site"
             raise GraftError(f"{self} at {site.key}", found, "generate another method")
         if isinstance(template, WeightDelta):
-            template.view = site.weight
+            template.place(site.key, site.weight)
         like = next(site.module.parameters())
         tasks = part.shared("tasks", lambda: Tasks(self, like))
         layers, places = places_of([s for s in part.sites if s.tower == site.tower])

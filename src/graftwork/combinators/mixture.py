@@ -19,7 +19,7 @@ from graftwork.core.initial import normal, tensor
 from graftwork.core.method import Method, flatten, get, method, preset
 from graftwork.core.site import Site
 
-from .outer import inherit
+from .inherit import inherit
 from .routed import MixedActivation, MixedWeight
 from .router import reads_input
 

@@ -14,14 +14,13 @@ from graftwork.core.errors import GraftError
 from graftwork.core.plan import Host
 from graftwork.core.site import Site
 
-from .outer import Outer
 from .router import Router, are_vectors, merged, reads_input
 
 if TYPE_CHECKING:
     from .mixture import Mixture
 
 
-class MixedWeight(Outer, WeightDelta):
+class MixedWeight(WeightDelta):
     """experts: the weight deltas;  router: W_g."""
 
     def __init__(self, method: Mixture, site: Site, experts: Sequence[WeightDelta | Delta]) -> None:
@@ -30,7 +29,7 @@ class MixedWeight(Outer, WeightDelta):
         self.router = Router(method, site)
         self.by_output = method.router == "head" and site.role in ("q", "k", "v")
         self.vectors = are_vectors(self.experts[0])  # type: ignore[arg-type]
-        self.view = site.weight
+        self.place(site.key, site.weight)
 
     def inner(self) -> list[WeightDelta]:
         return list(self.experts)  # type: ignore[arg-type]
@@ -93,7 +92,7 @@ def _once(x: Tensor, y: Tensor, base: Callable[[Tensor], Tensor]) -> Callable[[T
     return lambda given: y if given is x else base(given)
 
 
-class MixedActivation(Outer, Delta):
+class MixedActivation(Delta):
     """experts: the deltas that edit the output;  router: W_g."""
 
     def __init__(self, method: Mixture, site: Site, experts: Sequence[Delta]) -> None:

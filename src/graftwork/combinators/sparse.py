@@ -22,8 +22,8 @@ from graftwork.core.initial import drawing_from
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
+from .inherit import inherit
 from .masked import Masked, MaskedDelta, MaskedWeight
-from .outer import inherit
 from .scores import instant, keep, pooled
 
 
@@ -80,8 +80,8 @@ class Sparse(Method):
 
     def build(self, site: Site, part: Part) -> Delta | None:
         delta = self.of.build(site, part)
-        if isinstance(delta, WeightDelta) and not hasattr(delta, "view"):
-            delta.view = site.weight
+        if isinstance(delta, WeightDelta):
+            delta.place(site.key, site.weight)
         made = None if delta is None else (MaskedWeight if isinstance(delta, WeightDelta) else MaskedDelta)()
         if made is not None and delta is not None:
             made.setup(delta, decided=not self.needs)

@@ -12,10 +12,8 @@ from graftwork.core.attention import Attention
 from graftwork.core.delta import Delta, WeightDelta, functional
 from graftwork.core.plan import Host
 
-from .outer import Outer
 
-
-class Substituted(Outer):
+class Substituted:
     """Mixin: every function of the delta inside, computed with `tensors()`."""
 
     @property

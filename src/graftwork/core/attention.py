@@ -119,7 +119,7 @@ def attending_config(module: Any) -> Any:
         config = module.__dict__["config"]
     except KeyError:
         raise AttributeError(f"{type(module).__name__!r} object has no attribute 'config'") from None
-    return _Config(config) if module.graft.attending else config
+    return _Config(config) if module._armed.attending else config
 
 
 def uses_interface(module: nn.Module) -> bool:
@@ -172,12 +172,12 @@ def _interface(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
 
     scaling = kwargs.get("scaling")
     base = Attention(module, call, q.shape[-1] ** -0.5 if scaling is None else scaling, q.shape[1] // k.shape[1], keys)
-    module.graft.attending = False  # the implementation itself may read the config
+    module._armed.attending = False  # the implementation itself may read the config
     try:
-        out = chain(module.graft.plan.attend, q, k, v, mask, base)
+        out = chain(module._armed.plan.attend, q, k, v, mask, base)
     finally:
-        module.graft.attending = True
-    module.graft.runtime.state["attended"] = True
+        module._armed.attending = True
+    module._armed.runtime.state["attended"] = True
     return out.transpose(1, 2).contiguous(), weights[0]
 
 
@@ -254,7 +254,7 @@ class _Catch(TorchFunctionMode):
 def intercept(module: nn.Module, deltas: Sequence[Any]) -> Iterator[None]:
     """While this block runs, the module's attention call goes to the deltas. GraftError if it never came."""
     if uses_interface(module):
-        state: dict[Any, Any] = module.graft.runtime.state  # type: ignore[union-attr, assignment]
+        state: dict[Any, Any] = module._armed.runtime.state  # type: ignore[union-attr, assignment]
         state["attended"] = False
         yield
         caught = state.pop("attended", True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -34,8 +34,8 @@ class Delta(nn.Module):
 
     source: str = "input"
     itself: bool = False
-    runtime: Runtime  # set when the delta is attached
-    key: str  # the site's key, set likewise
+    runtime: Runtime  # what the sites of the model share, given by `join`
+    key: str  # the site's key, given by `place`
     pruned: int = 0  # entries of its parameters that are held at zero, and not counted
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -56,6 +56,22 @@ class Delta(nn.Module):
     def around(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What the module returns, in the place of base(*args, **kwargs)."""
         raise NotImplementedError
+
+    def inner(self) -> Iterable[Delta]:
+        """The deltas inside this one, which sit where it sits."""
+        return ()
+
+    def place(self, key: str, view: Weight) -> None:
+        """Take the key and the weight of the site; the deltas inside take them too."""
+        self.key = key
+        for delta in self.inner():
+            delta.place(key, view)
+
+    def join(self, runtime: Runtime) -> None:
+        """Take what the sites of a model share; the deltas inside take it too."""
+        self.runtime = runtime
+        for delta in self.inner():
+            delta.join(runtime)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take stored tensors, named as in `state_dict`: they become its own. GraftError for a missing, unknown or misshapen one."""
@@ -101,7 +117,12 @@ class WeightDelta(Delta):
 
     additive: bool = False
     lasting: bool = False
-    view: Weight  # set when the delta is attached
+    view: Weight  # that of the site, given by `place`, unless it has chosen another
+
+    def place(self, key: str, view: Weight) -> None:
+        if "view" not in self.__dict__:
+            self.view = view
+        super().place(key, self.view)
 
     def weight(self, w: Tensor) -> Tensor:
         """The adapted dense weight [*batch, out, in]."""
@@ -116,7 +137,7 @@ class WeightDelta(Delta):
         raise NotImplementedError
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """(down [*batch, r, in], up [*batch, out, r]) where W' = W + up down, otherwise None.
+        """(down [*batch, r, in], up [*batch, out, r]) of a delta with W' = W + up down. One that overrides it always has them.
 
         Dropout of the input of `down` is the delta's attribute `dropout`.
         """
@@ -159,7 +180,7 @@ class WeightDelta(Delta):
         return self.view.restore_bias(stored, self.bias(self.view.bias_of(stored)))
 
     def overrides(self, function: str) -> bool:
-        if function in ("weight", "bias", "linear"):
+        if function in ("weight", "bias", "linear", "factors", "diagonal"):
             return getattr(type(self), function) is not getattr(WeightDelta, function)
         return super().overrides(function)
 

@@ -16,6 +16,7 @@ from .anatomy import Anatomy
 from .body import Body
 from .delta import WeightDelta
 from .errors import GraftError, nearest
+from .grafted import armed
 from .initial import drawing_from
 from .method import Method, flatten, from_json
 from .site import Site
@@ -97,9 +98,8 @@ def build(method: Method, sites: Sequence[Site], found: Anatomy, generator: torc
             delta = method.build(site, part)
             if delta is None:
                 continue
-            delta.key = site.key
-            if isinstance(delta, WeightDelta) and "view" not in delta.__dict__:
-                delta.view = site.weight if site.module._parameters.get(site.param) is not None else NO_WEIGHT
+            stored = site.module._parameters.get(site.param) if isinstance(delta, WeightDelta) else None
+            delta.place(site.key, NO_WEIGHT if stored is None else site.weight)
             part.deltas[site.key] = delta
             kept.append(site)
     if not kept:
@@ -113,6 +113,7 @@ def build(method: Method, sites: Sequence[Site], found: Anatomy, generator: torc
     return part
 
 
+@uncollected()
 def activate(model: nn.Module, expression: Expr | str | None) -> None:
     """Make an expression over adapters the active one; None is the bare backbone, run by its own code.
 
@@ -132,7 +133,7 @@ def activate(model: nn.Module, expression: Expr | str | None) -> None:
             raise GraftError(f"activate {e}", "an adapter stands in it twice", "name each adapter once")
     if root.merged is not None and chain:
         raise GraftError(f"activate {e}", f"{root.merged} is merged into the weights", "call gw.unmerge first")
-    rows = grouping.table(model, e, root.adapters, root.runtime) if isinstance(e, Rows) else None
+    rows = grouping.table(root.body.modules, e, root.adapters, root.runtime) if isinstance(e, Rows) else None
     install.compile_plans(model, chain, None if rows is None or rows.uniform else rows)
     root.runtime.rows = rows
     for name in dict.fromkeys((*root.active, *chain)):  # no other has a parameter that asks for gradients
@@ -196,8 +197,9 @@ def keep_weights(model: nn.Module, on: bool = True) -> None:
     root.runtime.keeps_weights = on
     if not on:
         for module in root.armed:
-            if module.graft.plan is not None:  # type: ignore[union-attr]
-                module.graft.plan.drop_kept()  # type: ignore[union-attr, operator]
+            record = armed(module)
+            if record is not None and record.plan is not None:
+                record.plan.drop_kept()
 
 
 def find(model: nn.Module, name: str) -> Adapter:

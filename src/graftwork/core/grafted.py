@@ -1,6 +1,6 @@
 """The one mechanism: a site's module keeps its identity, its class is swapped for a cached dynamic subclass.
 
-`Grafted<Class>(Grafted, Class)` hands its `forward` to the module's `graft`, and carries a property in the name of every
+`Grafted<Class>(Grafted, Class)` hands its `forward` to the module's record (`Armed`), and carries a property in the name of every
 re-parameterised weight, so that the host's own forward and everybody who reads the weight around the module see the adapted value.
 The subclass keeps the original name and signature: auto-wrapping by class name, `inspect.signature(model.forward)` and `repr` see
 the backbone. No wrapper modules, no hooks; restoring the class restores the module.
@@ -12,13 +12,12 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .attention import attending_config, intercept, uses_interface
+from .armed import Armed
+from .attention import attending_config
 from .passes import Runtime
-from .plan import Plan
 
 # Attributes that read otherwise while adapters are active. A fused fast path that would compute a whole block without calling the
 # modules inside it is switched off by the attribute that guards it (while deltas other than weights are active below); a frozen
@@ -31,112 +30,14 @@ OVERRIDES: dict[type[nn.Module], dict[str, Any]] = {
 
 
 class Graft(nn.Module):
-    """The child of a grafted module that holds its deltas, one slot per adapter and method, and its current plan.
-
-    opener: the module has no delta of its own; it opens the pass for the sites below it.
-    """
+    """The child of a grafted module that holds its deltas, one slot per adapter and method."""
 
     def __init__(self, runtime: Runtime) -> None:
         super().__init__()
         # past nn.Module's __setattr__, which first asks what a value is: most of the time of making one
-        self.__dict__.update(
-            runtime=runtime,
-            plan=None,
-            plain=False,
-            attending=False,
-            overriding=False,
-            cache=None,
-            reached=False,
-            is_root=False,
-            mask_at=None,
-        )
+        self.__dict__["runtime"] = runtime
 
     runtime: Runtime
-    plan: Plan | None
-    plain: bool  # the host's own read of its weight, inside a fast path
-    attending: bool
-    overriding: bool  # the module's attributes in OVERRIDES read as there
-    cache: dict[str, Tensor | None] | None  # adapted parameters during one call of the host
-    reached: bool  # the module was called since its plan was made
-    is_root: bool
-    mask_at: int | None  # position of attention_mask in the root's forward
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "cache": None, "plain": False, "attending": False}
-
-    def follow(self, plan: Plan | None, overriding: bool) -> None:
-        """Take a plan, which no pass has reached yet."""
-        self.__dict__.update(plan=plan, overriding=overriding, reached=False)
-
-    def run(self, module: nn.Module, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The grafted module's forward."""
-        runtime, plan = self.runtime, self.plan
-        # a part that is called by itself (the encoder, by `generate`) begins a pass too, unless it is run again backwards
-        outermost = runtime.depth == 0 and (self.is_root or not runtime.open)
-        if outermost:
-            mask = kwargs.get("attention_mask")
-            if mask is None and self.mask_at is not None and len(args) > self.mask_at:
-                mask = args[self.mask_at]
-            if runtime.rows is not None:
-                runtime.rows.begin(module.training, args, kwargs)
-            self.begin(module.training, mask if self.is_root or (mask is not None and mask.dim() == 2) else None)
-        runtime.depth += 1
-        try:
-            if plan is None:
-                return base(*args, **kwargs)
-            self.reached = True
-            if plan.attend:
-                return self._attend(module, plan, base, args, kwargs)
-            keeping = plan.keeps and self._keeping(module, plan)
-            thin = bool(plan.linear) and not keeping
-            before = self.cache, self.plain
-            self.cache = {name: plan.kept(module, name) for name in plan.weights} if keeping else {}
-            self.plain = thin or bool(plan.rowwise)
-            try:
-                return plan.run(base, runtime, thin, args, kwargs)
-            finally:
-                self.cache, self.plain = before
-        finally:
-            runtime.depth -= 1
-            if outermost:
-                runtime.end()
-
-    def begin(self, training: bool, mask: Tensor | None) -> None:
-        """The model itself was called."""
-        self.runtime.begin(mask)
-
-    def _attend(
-        self, module: nn.Module, plan: Plan, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        self.cache, self.attending = {}, uses_interface(module)
-        try:
-            with intercept(module, plan.attend):
-                return plan.run(base, self.runtime, False, args, kwargs)
-        finally:
-            self.cache, self.attending = None, False
-
-    def _keeping(self, module: nn.Module, plan: Plan) -> bool:
-        """Whether this pass uses weights that are kept between passes; one that trains frees them."""
-        if torch.compiler.is_compiling():
-            return False
-        if self.runtime.keeps_weights and not torch.is_grad_enabled() and not module.training:
-            return True
-        plan.drop_kept()
-        return False
-
-    def read(self, module: nn.Module, name: str) -> Tensor | None:
-        """The value of the host's parameter `name`: adapted inside a pass, plain outside of one."""
-        if self.cache is not None and name in self.cache:
-            return self.cache[name]
-        stored = module._parameters[name]
-        plan = self.plan
-        if plan is None or self.plain or name not in plan.weights or not self.runtime.open:
-            return stored
-        keeping = plan.keeps and self._keeping(module, plan)
-        value = plan.kept(module, name) if keeping else plan.adapted(module, name)
-        if self.cache is not None:
-            self.cache[name] = value
-        return value
 
 
 def backbone_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -156,7 +57,7 @@ def backbone_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 class Grafted:
     """Mixin of every grafted class."""
 
-    graft: Graft
+    _armed: Armed
     _graft_names: tuple[str, ...]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -179,7 +80,7 @@ def grafted_class(cls: Any, names: tuple[str, ...]) -> type[nn.Module]:
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.graft.run(self, functools.partial(cls.forward, self), args, kwargs)
+        return self._armed.run(self, cls.forward, args, kwargs)
 
     namespace: dict[str, Any] = {
         "forward": forward,
@@ -203,7 +104,7 @@ def grafted_class(cls: Any, names: tuple[str, ...]) -> type[nn.Module]:
 
 def _reader(name: str) -> Callable[[Any], Any]:
     def read(module: Any) -> Any:
-        return module.graft.read(module, name)
+        return module._armed.read(module, name)
 
     return read
 
@@ -211,7 +112,7 @@ def _reader(name: str) -> Callable[[Any], Any]:
 def _generating(generate: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(generate)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.graft.runtime.generation():
+        with self._armed.runtime.generation():
             return generate(self, *args, **kwargs)
 
     return run
@@ -219,7 +120,7 @@ def _generating(generate: Callable[..., Any]) -> Callable[..., Any]:
 
 def _guard(name: str, value: Any) -> Callable[[Any], Any]:
     def read(module: Any) -> Any:
-        return value if module.graft.overriding else module.__dict__[name]
+        return value if module._armed.overriding else module.__dict__[name]
 
     return read
 
@@ -231,9 +132,10 @@ def _writer(name: str) -> Callable[[Any, Any], None]:
     return write
 
 
-def arm(module: nn.Module, names: tuple[str, ...]) -> None:
+def arm(module: nn.Module, names: tuple[str, ...], record: Armed) -> None:
     """Swap the module's class for its grafted one, with properties for `names`."""
     cls = grafted_class(original_class(type(module)), tuple(sorted(names)))
+    module.__dict__["_armed"] = record
     if type(module) is not cls:
         module.__class__ = cls
 
@@ -241,3 +143,9 @@ def arm(module: nn.Module, names: tuple[str, ...]) -> None:
 def disarm(module: nn.Module) -> None:
     """Give the module its own class back."""
     module.__class__ = original_class(type(module))
+    module.__dict__.pop("_armed", None)
+
+
+def armed(module: nn.Module) -> Armed | None:
+    """The record of a module whose class is swapped, otherwise None."""
+    return module.__dict__.get("_armed")

@@ -31,8 +31,9 @@ AFFINE = (nn.Linear, _ConvNd, nn.LayerNorm, nn.GroupNorm, _BatchNorm, nn.Embeddi
 Members = dict[int, Delta]  # number of the expression -> its delta
 
 
-def table(model: nn.Module, rows: Rows, adapters: Mapping[str, Adapter], runtime: Runtime) -> Table:
-    """Everything that `rows` does in `model`. GraftError where a method cannot run row by row."""
+@torch.no_grad()
+def table(modules: Mapping[str, nn.Module], rows: Rows, adapters: Mapping[str, Adapter], runtime: Runtime) -> Table:
+    """Everything that `rows` does in a backbone of these modules. GraftError where a method cannot run row by row."""
     made = Table([None if e is None else str(e) for e in rows.of], runtime)
     if made.uniform:
         return made
@@ -40,8 +41,8 @@ def table(model: nn.Module, rows: Rows, adapters: Mapping[str, Adapter], runtime
     chains = [[part for name in e.names() for part in adapters[name].parts] for _, e in distinct]
     owners = {id(part): name for name, a in adapters.items() for part in a.parts}
     deltas = [d for chain in chains for part in chain for d in part.deltas.values()]
-    held = dict.fromkeys(tensors_of([*deltas, *(p.shared_modules for chain in chains for p in chain)]))
-    made.parameters = [t for t in held if not t.is_inference()]  # those have no version, and never change
+    held = {id(t): t for t in tensors_of([*deltas, *(p.shared_modules for chain in chains for p in chain)])}
+    made.parameters = [t for t in held.values() if not t.is_inference()]  # those have no version, and never change
     made.dropping = next((str(p.method) for chain in chains for p in chain if drops(p.method)), None)
     weights: dict[str, dict[int, list[tuple[Site, WeightDelta]]]] = {}
     spoken: dict[int, str] = {}  # what a refusal calls a delta
@@ -60,13 +61,13 @@ def table(model: nn.Module, rows: Rows, adapters: Mapping[str, Adapter], runtime
             made.deltas += [(site, group) for group in _forwards(made, site, edits)]
     made.deltas += [(site, Attends(made, site.key, members)) for site, members in attends.values()]
     for path, chains_here in weights.items():
-        module = model.get_submodule(path)
+        module = modules[path]
         for n, chain in chains_here.items():
             if not fast(module, [d for _, d in chain]) and not whole(module, chain[0][0]):
                 found = f"a weight inside {type(module).__name__}, which cannot be applied row by row"
                 raise refusal(spoken[id(chain[0][1])], chain[0][0], distinct[n][0], found)
         made.steps += [(path, step) for step in _steps(made, module, chains_here)]
-    check_order(model, [*weights, *(site.path for site, _ in made.deltas)])
+    check_order(modules, [*weights, *(site.path for site, _ in made.deltas)])
     made.prune()
     return made
 
@@ -164,12 +165,16 @@ def fast(module: nn.Module, deltas: Sequence[WeightDelta]) -> list[str]:
     return kinds if free and "" not in kinds else []
 
 
-@torch.no_grad()
 def form(module: nn.Module, delta: WeightDelta) -> str:
-    """The fastest form of a weight delta: "factors", "lookup", "diagonal", "linear", or "" for a weight as a whole."""
-    diagonal = delta.diagonal() if isinstance(module, AFFINE) or delta.view.linear else None
+    """The fastest form of a weight delta: "factors", "lookup", "diagonal", "linear", or "" for a weight as a whole.
+
+    The first three are stacked once for many passes, so that they must not depend on the pass.
+    """
+    factors = delta.lasting and delta.overrides("factors")
+    affine = delta.lasting and delta.overrides("diagonal") and (isinstance(module, AFFINE) or delta.view.linear)
+    diagonal = delta.diagonal() if affine else None
     if delta.view.linear:
-        if delta.factors() is not None:
+        if factors:
             return "factors"
         if diagonal is not None and (diagonal[0] is None or delta.view.rows is None):
             return "diagonal"
@@ -177,7 +182,7 @@ def form(module: nn.Module, delta: WeightDelta) -> str:
     if diagonal is not None and diagonal[0] is None and delta.view.rows is None:
         return "diagonal"
     looked_up = delta.view.lookup and isinstance(module, nn.Embedding) and module.max_norm is None
-    return "lookup" if looked_up and delta.factors() is not None else ""
+    return "lookup" if looked_up and factors else ""
 
 
 def _vectors(module: nn.Module) -> bool:
@@ -192,7 +197,6 @@ def whole(module: nn.Module, site: Site) -> bool:
     return linear or _vectors(module) or isinstance(module, _ConvNd | nn.Embedding)
 
 
-@torch.no_grad()
 def _dense(made: Table, module: nn.Module, site: Site, members: dict[int, list[WeightDelta]]) -> Denses:
     names = tuple(dict.fromkeys(name for chain in members.values() for d in chain for name in d.names()))
     step = Denses(made, site.key, members, names, module, together=False)
@@ -204,5 +208,6 @@ def _dense(made: Table, module: nn.Module, site: Site, members: dict[int, list[W
         do = "rows of one batch share one output tensor: run those of each size as a batch of their own, with gw.using"
         raise GraftError(f"one adapter per row at {site.key}", f"weights of different shapes, {found}", do)
     numbers = sum(torch.Size(s).numel() for s in next(iter(shapes)) if s is not None) * len(step.covered)
-    step.together = numbers <= LARGEST and (_vectors(module) or site.weight.linear)
+    lasting = all(d.lasting for chain in members.values() for d in chain)
+    step.together = lasting and numbers <= LARGEST and (_vectors(module) or site.weight.linear)
     return step

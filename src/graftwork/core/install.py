@@ -15,11 +15,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .adapter import Adapter, Part
+from .armed import Armed
 from .attention import caller, register_interface
 from .body import Body
 from .delta import Delta, WeightDelta
 from .errors import GraftError
-from .grafted import Graft, Grafted, arm, disarm
+from .grafted import Graft, Grafted, arm, armed, disarm
 from .passes import Runtime
 from .plan import Plan
 from .root import Root, body_of, graft_in, is_grafted, root_of
@@ -46,8 +47,12 @@ def check_free(model: nn.Module, body: Body) -> None:
         raise GraftError(asked, f"{root_of(model).merged} is merged into the weights", "call gw.unmerge first")
     for path, module in body.modules.items():
         child = graft_in(module)
-        if child is not None and not (isinstance(child, Graft) and child.runtime is runtime):
-            what = "another model's adapter" if isinstance(child, Graft) else "an attribute of its own named 'graft'"
+        record = armed(module)
+        if (child is not None and not (isinstance(child, Graft) and child.runtime is runtime)) or (
+            record is not None and record.runtime is not runtime
+        ):
+            ours = record is not None or isinstance(child, Graft)
+            what = "another model's adapter" if ours else "an attribute of its own named 'graft'"
             raise GraftError(
                 f"graft onto {type(model).__name__}",
                 f"{path or 'the model'} carries {what}",
@@ -89,7 +94,7 @@ def plant(model: nn.Module, adapter: Adapter, body: Body) -> Root:
             _registered(_home(model), root.runtime).add_module(_slot(adapter.name, i, "shared"), part.shared_modules)
         for site in part.sites:
             delta = part.deltas[site.key]
-            delta.runtime = root.runtime
+            delta.join(root.runtime)
             delta.train(model.training)  # no dropout in the adapter of a model in evaluation
             home, slot = _place(root, adapter.name, i, site, delta)
             _registered(home, root.runtime)._modules[slot] = delta  # the slot's name is sound and free
@@ -125,20 +130,24 @@ def compile_plans(model: nn.Module, chain: Sequence[str], rows: Table | None = N
     modules = root.body.modules
     plans: dict[str, Plan] = {}
     bypassable: set[str] = set()
-    attends = False
+    attends, key = False, ""
 
     def plan_of(path: str) -> Plan:
         if path not in plans:
             plans[path] = Plan(modules[path])
+        if rows is not None:
+            rows.host(key, path, modules[path])
         return plans[path]
 
     for site, delta in _pieces(root, chain) if rows is None else rows.deltas:
+        key = site.key
         _add(plan_of, site, delta)
         attends |= delta.overrides("attend")
         if not isinstance(delta, WeightDelta):
             bypassable.add(_host_path(site, delta))
     for path, step in () if rows is None else rows.steps:
         bypassable.add(path)
+        key = step.key
         plan_of(path).rowwise.append(step)
         for name in step.names:
             plan_of(path).weights.setdefault(name, []).append(step)  # type: ignore[arg-type]
@@ -151,10 +160,11 @@ def compile_plans(model: nn.Module, chain: Sequence[str], rows: Table | None = N
         module, plan = modules[path], plans.get(path)
         if plan is None and path and isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             continue
-        _graft_of(module, root.runtime).follow(plan, overriding=path in root.statistics or path in bypassed)
+        record = armed(module) or Armed(root.runtime, root if path == "" else None)
+        record.follow(plan, overriding=path in root.statistics or path in bypassed)
         if plan is not None and rows is None:
             plan.compile(module)
-        arm(module, () if plan is None else tuple(plan.weights))
+        arm(module, () if plan is None else tuple(plan.weights), record)
         root.armed.append(module)
     kept = set(map(id, root.armed))
     _disarm(module for module in before if id(module) not in kept)
@@ -169,10 +179,7 @@ def disarm_all(model: nn.Module) -> None:
 
 def _disarm(modules: Iterable[nn.Module]) -> None:
     for module in modules:
-        module.graft.follow(None, overriding=False)  # type: ignore[union-attr, operator]
         disarm(module)
-        if not isinstance(module.__dict__.get("graft"), Root):
-            module.__dict__.pop("graft", None)
 
 
 @functools.lru_cache(4096)
@@ -247,17 +254,8 @@ def _place(root: Root, name: str, i: int, site: Site, delta: Delta) -> tuple[nn.
 def _registered(module: nn.Module, runtime: Runtime) -> Graft:
     """The graft that is a child of `module`."""
     if not isinstance(module._modules.get("graft"), Graft):
-        module.__dict__.pop("graft", None)
         module.add_module("graft", Graft(runtime))
     return module._modules["graft"]  # type: ignore[return-value]
-
-
-def _graft_of(module: nn.Module, runtime: Runtime) -> Graft:
-    """The module's graft; for one that holds no delta a loose one, no child of it, while it is armed."""
-    found = graft_in(module)
-    if found is None:
-        found = module.__dict__["graft"] = Graft(runtime)
-    return found  # type: ignore[return-value]
 
 
 @functools.lru_cache(4096)

@@ -38,7 +38,7 @@ def merge(model: nn.Module) -> None:
                     )
     merged: list[tuple[nn.Module, str, nn.Parameter | None]] = []
     for module in root.armed:
-        plan: Plan | None = module.graft.plan  # type: ignore[union-attr, assignment]
+        plan: Plan | None = module._armed.plan  # type: ignore[union-attr, assignment]
         for parameter, chain in plan.weights.items() if plan else ():
             stored = module._parameters[parameter]
             value: torch.Tensor | None = stored

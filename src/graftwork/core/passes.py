@@ -22,27 +22,30 @@ if TYPE_CHECKING:
 class Runtime:
     """What the sites of one model share: the pass, its inputs and the context.
 
-    depth: how many grafted calls are open;  state: what deltas hand to each other within a pass (cleared by the root's call);
+    running: the outermost grafted call is open;  state: what deltas hand to each other within a pass (cleared by the root's call);
     context: side information per batch or row, set by `gw.context`;  mask: the padding mask [batch, seq] of the pass, or None.
     keeps_weights: inference passes keep adapted weights that are dear to make, set by `gw.keep_weights`.
     rows: which adapter each row has, while `rows(...)` is active;  stacks: tensors of many adapters as one, kept for the next `rows`;
+    by_rows: modules, by path, that are known to have the batch along axis 0, and whether several entries there belong to one row.
     generating: inside `model.generate`, where a row of the batch may have become several.
     """
 
     def __init__(self) -> None:
-        self.depth = 0
+        self.running = False
         self.state: dict[Any, Any] = {}
         self.context: dict[str, Any] = {}
         self.mask: Tensor | None = None
         self.keeps_weights = True
         self.rows: Table | None = None
         self.stacks: dict[Any, Any] = {}
+        self.by_rows: dict[str, bool] = {}
         self.generating = 0
 
     def __getstate__(self) -> dict[str, Any]:
         # a copied or pickled model starts outside any pass
-        outside = {"depth": 0, "state": {}, "mask": None, "stacks": {}, "generating": 0}
-        return {"context": self.context, "rows": self.rows, "keeps_weights": self.keeps_weights, **outside}
+        outside = {"running": False, "state": {}, "mask": None, "stacks": {}, "generating": 0}
+        kept = {name: getattr(self, name) for name in ("context", "rows", "keeps_weights", "by_rows")}
+        return kept | outside
 
     @contextmanager
     def generation(self) -> Iterator[None]:
@@ -56,7 +59,7 @@ class Runtime:
     @property
     def open(self) -> bool:
         """Whether a pass is open, or a backward pass is running a checkpointed block again."""
-        if self.depth:
+        if self.running:
             return True
         return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 

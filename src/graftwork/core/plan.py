@@ -128,7 +128,7 @@ class Plan:
         self, base: Callable[..., Any], runtime: Runtime, thin: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """What the module returns in this pass. thin: by the fast path, where there is one."""
-        if not (self.capture or self.enter or self.forward or self.around or self.rowwise):
+        if not (self.forward or self.rowwise or self.capture or self.enter or self.around):
             return self._product(base, args, kwargs) if thin else base(*args, **kwargs)
         call = partial(self._inner, base, runtime, thin)
         for delta in self.around:
@@ -150,12 +150,16 @@ class Plan:
             below = base
             for step in self.rowwise:
                 below = partial(step, below, base)
-            out = self._product(below, args, kwargs)
+            out = below(*args, *kwargs.values())
         else:
             out = self._product(base, args, kwargs) if thin and self.linear else base(*args, **kwargs)
         return self._edit(out, x, runtime) if self.forward else out
 
     def _product(self, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        *inner, (last, at) = self.linear
+        if not inner and last.view.rows is None:
+            (x,) = (*args, *kwargs.values())
+            return last.linear(x, base, at)
         call: Callable[[Tensor], Tensor] = base
         for delta, host in self.linear:
             call = (

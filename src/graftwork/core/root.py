@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .adapter import Adapter
 from .body import Body
 from .errors import GraftError
-from .grafted import Graft
+from .grafted import Graft, armed
 from .passes import Clock, Runtime
 
 
@@ -21,8 +19,8 @@ class Root(Graft):
 
     def __init__(self, runtime: Runtime, body: Body) -> None:
         super().__init__(runtime)
-        self.is_root = True
         self.body = body
+        self.mask_at: int | None = None  # position of attention_mask in the model's forward
         self.adapters: dict[str, Adapter] = {}
         self.active: tuple[str, ...] = ()
         self.expression: str | None = None
@@ -37,24 +35,21 @@ class Root(Graft):
         self.statistics: set[str] = set()  # paths of modules with running statistics, which stay the backbone's
         self.own_labels: tuple[dict[int, str], dict[str, int], int | None] | None = None
 
-    def begin(self, training: bool, mask: Tensor | None) -> None:
-        super().begin(training, mask)
+    def begin(self, training: bool) -> None:
+        """The model itself was called."""
         if training and not torch.compiler.is_compiling():
             self.clock.tick()
 
-    def run(self, module: nn.Module, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        out = super().run(module, base, args, kwargs)
+    def end(self) -> None:
+        """The model's call is over."""
         if not self.checked and not torch.compiler.is_compiling():
             self.checked = True
             self._check_reached()
-        return out
 
     def _check_reached(self) -> None:
         """Warn where the pass never called a module whose activations are adapted: its weight may be read, but not its output."""
-        plans = [(g, g.plan) for m in self.armed if isinstance(g := graft_in(m), Graft) and g.plan is not None]
-        missed = [
-            d for g, plan in plans if not g.reached for d in [f[0] for f in plan.forward] + plan.attend + plan.around
-        ]
+        plans = [r.plan for m in self.armed if (r := armed(m)) is not None and r.plan is not None and not r.reached]
+        missed = [d for plan in plans for d in [f[0] for f in plan.forward] + plan.attend + plan.around]
         if missed:
             warnings.warn(
                 f"{len(missed)} deltas had no effect in this pass, {missed[0].key} first: the model never calls that module "
@@ -89,5 +84,5 @@ def is_grafted(model: nn.Module) -> bool:
 
 
 def graft_in(module: nn.Module) -> object:
-    """What a module holds under the name "graft": its child of that name, or a loose one, or None."""
+    """What a module holds under the name "graft": its child of that name, or (the model's own) a loose one, or None."""
     return module._modules.get("graft", module.__dict__.get("graft"))

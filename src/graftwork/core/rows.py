@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from .axes import POSITIONS, by_rows
 from .errors import GraftError
 from .likeness import MASK
 from .passes import Runtime
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from .group import Group, Step
     from .site import Site
 
-POSITIONS = ("position_ids", "cache_position")  # inputs that need not have the batch's rows
+VERSION = attrgetter("_version")
 
 
 class Table:
@@ -32,7 +34,9 @@ class Table:
     given: how many rows were named;  rows: how many runs they make, all of the same length;  index: the number of each run's
     expression, None for the bare backbone;  deltas, steps: the groups, as `install` hangs them up;
     uniform: all rows have the same expression, so that the plain plan serves them;
-    epoch: moves on when a parameter has changed;  learning: some parameter asks for gradients.
+    epoch: moves on when a parameter has changed;  learning: some parameter asks for gradients, and the pass keeps what they need.
+    hosts: the modules that are changed, by path;  paths: which of them a site's key stands for;
+    unknown: those of which it is not known along which axis they have the batch.
     """
 
     def __init__(self, texts: Sequence[str | None], runtime: Runtime) -> None:
@@ -49,6 +53,13 @@ class Table:
         self.epoch, self.learning = 0, False
         self.state: tuple[Any, ...] = ()
         self.indices: dict[Any, Tensor] = {}
+        self.hosts: dict[str, nn.Module] = {}
+        self.paths: dict[str, set[str]] = {}
+        self.unknown: dict[str, nn.Module] = {}
+        self._looked: set[int] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_looked": set()}
 
     def at(self, places: Sequence[int], device: torch.device) -> Tensor:
         """These numbers as a tensor, which is moved to the device once."""
@@ -77,7 +88,7 @@ class Table:
         if training and self.dropping:
             do = "call model.eval(), set dropout=0, or train one adapter at a time"
             raise GraftError("train with one adapter per row", f"{self.dropping} has dropout", do)
-        self.learning = any(p.requires_grad for p in self.parameters)
+        self.learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters)
         self._notice()
 
     def _notice(self) -> None:
@@ -85,7 +96,7 @@ class Table:
         if self.parameters:
             first = self.parameters[0]
             state = (
-                sum([t._version for t in self.parameters]),
+                sum(map(VERSION, self.parameters)),
                 first.dtype,
                 first.device,
                 torch.is_inference_mode_enabled(),
@@ -113,28 +124,44 @@ class Table:
         for key in [key for key in self.runtime.stacks if key not in used]:
             del self.runtime.stacks[key]
 
+    def host(self, key: str, path: str, module: nn.Module) -> None:
+        """The site of this key is changed at this module."""
+        self.hosts[path] = module
+        self.paths.setdefault(key, set()).add(path)
+        if path not in self.runtime.by_rows:
+            self.unknown[path] = module
+
+    def look(
+        self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        """Before the first pass through a part of the model: find out about its hosts."""
+        if torch.compiler.is_compiling() or self.batch < 2 or id(module) in self._looked:
+            return
+        self._looked.add(id(module))
+        self.runtime.by_rows |= by_rows(self.hosts, module, call, self.batch, args, kwargs)
+        self.unknown = {path: m for path, m in self.unknown.items() if path not in self.runtime.by_rows}
+
     def check(self, t: Tensor, key: str) -> None:
         """GraftError unless axis 0 of the input of a site is the batch, or the batch with each row several times in a row."""
         n, batch = t.shape[0], self.batch
-        if n == batch:
-            if t.dim() < 3 or t.shape[1] != batch or batch == 1 or t.stride(0) >= t.stride(1):
-                return
-            found = f"{list(t.shape)}, whose axis 0 runs faster than axis 1"
-        elif self.uneven:
+        spots = t.dim() - t.is_floating_point()  # axes that may be the batch: all but the features
+        if n == batch and (t.shape[1] != batch if spots > 1 else batch not in self.lengths):
+            return  # no other axis is as long
+        known = [self.runtime.by_rows.get(path) for path in self.paths[key]]
+        if n % batch == 0 and None not in known and (n == batch or all(known)):
+            return
+        if self.uneven and n != batch:
             found = f"{n} entries along axis 0 for a batch of {batch}, and {self.uneven} has another number of rows"
         elif n % batch:
             found = f"{n} entries along axis 0, no multiple of the batch's {batch} rows"
-        elif t.dim() > 2 and t.shape[1] == batch:
-            found = f"{list(t.shape)} for a batch of {batch}: the batch seems to be axis 1"
-        elif t.dim() < 3 and n // batch not in self.lengths:
-            found = f"{list(t.shape)} for a batch of {batch} with {sorted(self.lengths)} positions"
         else:
-            return
-        raise GraftError(f"the rows of the batch at {key}", found, "activate one adapter at a time for its rows")
+            found = f"{list(t.shape)} for a batch of {batch}, and its axis 0 is not known to be the rows, one after the other"
+        do = "activate one adapter at a time for its rows, or begin with an uncompiled pass of another length"
+        raise GraftError(f"the rows of the batch at {key}", found, do)
 
     def wide(self, t: Tensor, key: str) -> Tensor:
         """The input of a site for the whole batch; one that is the same for all rows (positions) is repeated."""
-        if t.shape[0] == 1 and self.batch > 1:
+        if t.shape[0] == 1 < self.batch and all(path in self.runtime.by_rows for path in self.paths[key]):
             return t.expand(self.batch, *t.shape[1:])
         self.check(t, key)
         return t
@@ -163,16 +190,16 @@ def tensors_of(deltas: Iterable[Any]) -> Iterable[Tensor]:
     """Every parameter and buffer of deltas, or of lists of them."""
     for delta in deltas:
         if isinstance(delta, nn.Module):
-            yield from delta.parameters()
-            yield from delta.buffers()
+            yield from (t for t in (*delta._parameters.values(), *delta._buffers.values()) if t is not None)
+            yield from tensors_of(m for m in delta._modules.values() if m is not None)
         else:
             yield from tensors_of(delta)
 
 
-def check_order(model: nn.Module, paths: Iterable[str]) -> None:
+def check_order(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> None:
     """GraftError where a module that is adapted has the batch as its second axis."""
     kinds = (nn.MultiheadAttention, nn.RNNBase, nn.Transformer)
-    second = [path for path, m in model.named_modules() if isinstance(m, kinds) and not m.batch_first]
+    second = [path for path, m in modules.items() if isinstance(m, kinds) and not m.batch_first]
     for path in paths:
         for at in second:
             around = at.rpartition(".")[0]

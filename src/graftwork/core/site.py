@@ -43,7 +43,7 @@ class Site:
     heads: int | None = None
     width: int | None = None  # of the activation at the output, for sites that are not one weight
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Unique in a model; the site's name on disk."""
         return f"{self.path}:{self.role}" + ("" if self.param == "weight" else f":{self.param}")

@@ -18,6 +18,12 @@ from .group import Base, Group, Step
 from .likeness import SharedStateError, Slot, narrowed, swapped
 from .plan import Host
 
+OF_VMAP = (
+    "vmap",
+    "atching rule",
+    "FuncTorchBatched",
+)  # in the messages of errors that are about vectorising, and in no others
+
 
 class Like(Group):
     """Deltas that are one function of different tensors. slots: where these hang, in the same order for each delta."""
@@ -29,10 +35,7 @@ class Like(Group):
 
     def stack(self) -> list[Tensor | None]:
         columns = [[home[name] for home, name in column] for column in zip(*self.slots, strict=True)]
-        # a frozen tensor that all have (a random projection from one seed) is there once
-        return [
-            torch.stack(c) if any(t.requires_grad or not torch.equal(t, c[0]) for t in c) else None for c in columns
-        ]
+        return [torch.stack(c) if _differ(c) else None for c in columns]
 
     def of_rows(self, t: Tensor) -> Tensor:
         places = [self.places[row] for row in self.covered]
@@ -43,8 +46,12 @@ class Like(Group):
         if not self.apart:
             try:
                 return self._together(function, ts, fixed | {"base": None})
-            except (SharedStateError, RuntimeError, NotImplementedError):
-                # what the function does (a branch on values, state of the pass) does not vectorise; a true error comes again below
+            except (
+                SharedStateError,
+                RuntimeError,
+            ) as error:  # a branch on values, state of the pass: it does not vectorise
+                if not (isinstance(error, SharedStateError) or any(word in str(error) for word in OF_VMAP)):
+                    raise
                 self.apart = True
         return self._each(function, ts, fixed)
 
@@ -83,6 +90,15 @@ class Like(Group):
             return new.reshape(y.shape)
         rows = self.table.at(self.covered, y.device)
         return y.reshape(self.table.rows, -1, *y.shape[1:]).index_copy(0, rows, new.to(y.dtype)).reshape(y.shape)
+
+
+def _differ(column: Sequence[Tensor]) -> bool:
+    """Whether each delta needs its own: a frozen tensor that all have (a random projection from one seed) is there once.
+
+    One on the meta device (the form of what is generated) has no values.
+    """
+    first = column[0]
+    return not first.is_meta and any(t.requires_grad or not torch.equal(t, first) for t in column)
 
 
 def call(delta: Delta, function: str, x: tuple[Tensor, ...], fixed: dict[str, Any]) -> Tensor:
@@ -144,7 +160,8 @@ class Attends(Group):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attention: Attention) -> Tensor:
         """out [batch, heads, queries, d_head]."""
-        self.table.check(q, self.key)
+        if q.shape[0] != self.table.batch:  # an attention call has the batch, or windows of it, in front
+            self.table.check(q, self.key)
         batch, size = q.shape[0], q.shape[0] // self.table.rows
         outs, at = [], []
         for i in range(len(self.deltas) + (not self.whole)):

@@ -1,0 +1,144 @@
+"""What a module carries while its class is swapped: its plan, and what holds during one call of it.
+
+A plain object in the module's dictionary, not a child and not its attributes: setting an attribute of an `nn.Module` costs more than
+the call of a small delta.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import intercept, uses_interface
+from .passes import Runtime
+from .plan import Plan
+
+if TYPE_CHECKING:
+    from .root import Root
+
+
+class Armed:
+    """The record of one armed module; one without a plan opens the pass for the sites below it.
+
+    root: the registry, where the module is the model itself;  overriding: the module's attributes in OVERRIDES read as there;
+    reached: the module was called since its plan was made;  cache: adapted parameters during one call of the host;
+    plain: its parameters read as they are stored;  attending: its attention call is caught.
+    """
+
+    __slots__ = ("attending", "cache", "overriding", "plain", "plan", "reached", "root", "runtime")
+
+    def __init__(self, runtime: Runtime, root: Root | None) -> None:
+        self.runtime, self.root = runtime, root
+        self.follow(None, overriding=False)
+
+    def follow(self, plan: Plan | None, overriding: bool) -> None:
+        """Take a plan, which no pass has reached yet."""
+        self.plan, self.overriding, self.reached = plan, overriding, False
+        self.cache: dict[str, Tensor | None] | None = None
+        self.plain = self.attending = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("runtime", "root", "plan", "overriding", "reached")  # a copy starts outside any call
+        return {name: getattr(self, name) for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.cache, self.plain, self.attending = None, False, False
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def run(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The armed module's forward; `forward` is that of its own class, unbound."""
+        runtime, plan = self.runtime, self.plan
+        # a part that is called by itself (the encoder, by `generate`) begins a pass too, unless it is run again backwards
+        if not runtime.running and (self.root is not None or not runtime.open):
+            return self._pass(module, forward, args, kwargs)
+        if plan is None:
+            return forward(module, *args, **kwargs)
+        self.reached = True
+        if plan.attend:
+            return self._attend(module, plan, forward, args, kwargs)
+        keeping = plan.keeps and self._keeping(module, plan)
+        if plan.rowwise or (plan.linear and not keeping):  # what stands in for the adapted weight calls the plain host
+            return plan.run(partial(self._plainly, module, forward), runtime, True, args, kwargs)
+        before = self.cache
+        self.cache = {name: plan.kept(module, name) for name in plan.weights} if keeping else {}
+        try:
+            return plan.run(partial(forward, module), runtime, False, args, kwargs)
+        finally:
+            self.cache = before
+
+    def _plainly(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The module without its adapted weights."""
+        before, self.plain = self.plain, True
+        try:
+            return forward(module, *args, **kwargs)
+        finally:
+            self.plain = before
+
+    def _pass(
+        self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The outermost call: a pass."""
+        runtime, root = self.runtime, self.root
+        mask = kwargs.get("attention_mask")
+        if root is not None and mask is None and root.mask_at is not None and len(args) > root.mask_at:
+            mask = args[root.mask_at]
+        rows = runtime.rows
+        if rows is not None:
+            rows.begin(module.training, args, kwargs)
+        runtime.begin(mask if root is not None or (mask is not None and mask.dim() == 2) else None)
+        if root is not None:
+            root.begin(module.training)
+        runtime.running = True
+        try:
+            if rows is not None and rows.unknown:
+                rows.look(module, partial(self.run, module, forward), args, kwargs)
+            out = self.run(module, forward, args, kwargs)
+        finally:
+            runtime.running = False
+            runtime.end()
+        if root is not None:
+            root.end()
+        return out
+
+    def _attend(
+        self,
+        module: nn.Module,
+        plan: Plan,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        self.cache, self.attending = {}, uses_interface(module)
+        try:
+            with intercept(module, plan.attend):
+                return plan.run(partial(forward, module), self.runtime, False, args, kwargs)
+        finally:
+            self.cache, self.attending = None, False
+
+    def _keeping(self, module: nn.Module, plan: Plan) -> bool:
+        """Whether this pass uses weights that are kept between passes; one that trains frees them."""
+        if torch.compiler.is_compiling():
+            return False
+        if self.runtime.keeps_weights and not module.training and not torch.is_grad_enabled():
+            return True
+        plan.drop_kept()
+        return False
+
+    def read(self, module: nn.Module, name: str) -> Tensor | None:
+        """The value of the host's parameter `name`: adapted inside a pass, plain outside of one."""
+        if self.cache is not None and name in self.cache:
+            return self.cache[name]
+        stored = module._parameters[name]
+        plan = self.plan
+        if plan is None or self.plain or name not in plan.weights or not self.runtime.open:
+            return stored
+        keeping = plan.keeps and self._keeping(module, plan)
+        value = plan.kept(module, name) if keeping else plan.adapted(module, name)
+        if self.cache is not None:
+            self.cache[name] = value
+        return value
