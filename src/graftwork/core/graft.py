@@ -113,7 +113,6 @@ def build(method: Method, sites: Sequence[Site], found: Anatomy, generator: torc
     return part
 
 
-@uncollected()
 def activate(model: nn.Module, expression: Expr | str | None) -> None:
     """Make an expression over adapters the active one; None is the bare backbone, run by its own code.
 
