@@ -170,3 +170,27 @@ def test_autocast_is_what_autocast_of_the_formula_is(dtype: torch.dtype) -> None
     torch.testing.assert_close(out, expected, atol=0.05, rtol=0.05)
     out.float().sum().backward()
     assert delta.down.grad is not None and delta.down.grad.dtype == torch.float32
+
+
+def test_a_stack_of_two_trains_both() -> None:
+    """The second delta's base is the first one's product, over an input [batch, seq, in]."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)).double()
+    adapters = [gw.graft(model, gw.LoRA(r=2, at="/[01]/"), name, head=False) for name in "ab"]
+    gw.activate(model, "a >> b")
+    with torch.no_grad():
+        for adapter in adapters:
+            for p in adapter.parameters():
+                p.normal_()
+    x = torch.randn(2, 4, 6, dtype=torch.float64)
+    out = model(x)
+    out.square().sum().backward()
+    merged = x
+    deltas = [list(adapter.deltas()) for adapter in adapters]
+    for layer, host in enumerate(m for m in model if isinstance(m, nn.Linear)):
+        weight = host.weight + sum(d[layer].scale * d[layer].up @ d[layer].down for d in deltas)
+        merged = merged @ weight.T + host.bias
+    torch.testing.assert_close(out, merged)
+    wanted = torch.autograd.grad(merged.square().sum(), [p for a in adapters for p in a.parameters()])
+    for p, expected in zip((p for a in adapters for p in a.parameters()), wanted, strict=True):
+        torch.testing.assert_close(p.grad, expected)

@@ -35,7 +35,8 @@ def low_rank(
     """base(x) + scale drop(x) down^T up^T.  x [..., in], down [r, in], up [out, r]; dropout: zero in evaluation."""
     if _traced() or not host.frozen_product:
         seen = F.dropout(x, dropout) if dropout else x
-        return base(x).add_(F.linear(F.linear(seen, down), up), alpha=scale)
+        # not in place: the base may be another LowRankProduct, whose output is a view that autograd lets nobody write into
+        return torch.add(base(x), F.linear(F.linear(seen, down), up), alpha=scale)
     weight, bias = host.weight, host.bias
     device = x.device.type
     if torch.is_autocast_enabled(device):  # what F.linear would do with each of them
