@@ -194,3 +194,20 @@ def test_a_stack_of_two_trains_both() -> None:
     wanted = torch.autograd.grad(merged.square().sum(), [p for a in adapters for p in a.parameters()])
     for p, expected in zip((p for a in adapters for p in a.parameters()), wanted, strict=True):
         torch.testing.assert_close(p.grad, expected)
+
+
+def test_others_may_add_to_the_product_in_place() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5)).double()
+    lora = gw.graft(model, gw.LoRA(r=2, at="linear"), "a", head=False)
+    bias = gw.graft(model, gw.BitFit(at="linear"), "b", head=False)
+    gw.activate(model, "a >> b")
+    for p in [*lora.parameters(), *bias.parameters()]:
+        nn.init.normal_(p)
+    x = torch.randn(2, 4, 6, dtype=torch.float64, requires_grad=True)
+    out = model(x)
+    (delta,), (shift,) = lora.deltas(), bias.parameters()
+    expected = F.linear(x, model[0].weight + delta.scale * delta.up @ delta.down, model[0].bias) + shift
+    torch.testing.assert_close(out, expected)
+    (grad,) = torch.autograd.grad(out.square().sum(), [shift])
+    torch.testing.assert_close(grad, 2 * expected.sum((0, 1)))

@@ -35,7 +35,6 @@ def low_rank(
     """base(x) + scale drop(x) down^T up^T.  x [..., in], down [r, in], up [out, r]; dropout: zero in evaluation."""
     if _traced() or not host.frozen_product:
         seen = F.dropout(x, dropout) if dropout else x
-        # not in place: the base may be another LowRankProduct, whose output is a view that autograd lets nobody write into
         return torch.add(base(x), F.linear(F.linear(seen, down), up), alpha=scale)
     weight, bias = host.weight, host.bias
     device = x.device.type
@@ -130,18 +129,18 @@ class LowRankProduct(torch.autograd.Function):
         keep = thin = None
         if ctx.kept or (not dropout and whole(x.dtype, n, d_in)):
             dense = torch.addmm(weight, up, down, alpha=scale)
-            y = F.linear(x, dense, bias)
+            y = F.linear(flat, dense, bias)
             weight = dense if ctx.kept else weight
         else:
             if dropout:
                 keep, share = shared.mask(dropout, lambda: keep_mask(flat, dropout))
                 scale = scale / share
-            y = F.linear(x, weight, bias)
+            y = F.linear(flat, weight, bias)
             thin = _thin(down, flat, keep)  # [r, N]
-            y.view(-1, d_out).addmm_(thin.t(), up.t(), alpha=scale)
+            y.addmm_(thin.t(), up.t(), alpha=scale)
         ctx.save_for_backward(shared.keep(x), weight, down, up, thin, keep)
         ctx.scale, ctx.shared, ctx.shape = scale, shared, x.shape
-        return y
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], d_out))  # not a view: others may add to it in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

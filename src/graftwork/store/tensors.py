@@ -35,9 +35,8 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-ALIGNED = (
-    64  # bytes: where torch's own allocator begins a tensor. Kernels round otherwise on numbers that lie elsewhere
-)
+# bytes: where torch's own allocator begins a tensor. Kernels round otherwise on numbers that lie elsewhere
+ALIGNED = 64
 
 
 def read_tensors(folder: Path, digest: str, asked: str) -> dict[str, Tensor]:
