@@ -17,17 +17,39 @@ from ...core.adapter import Adapter
 from ...core.body import Body
 from ...core.errors import GraftError, nearest
 from ...core.method import Method
+from ...methods.input.prompt import Prompt
 from ...methods.weight.full import Full
 from ...store.read import Stored
 from ..files import read_json, read_tensors, write_files
 from ..pieces import Held, Spot, gather, held, spread
 from .about import about
+from .adalora import AdaLora
 from .config import Config
 from .family import PREFIX, Family
+from .ia3 import Ia3
 from .lora import Lora
+from .modules import LnTuning
+from .prompts import AdaptionPrompt, PrefixTuning, SoftPrompts
+from .tokens import Tokens
+from .vera import Vera
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-FAMILIES: dict[str, Family] = {family.peft_type: family for family in (Lora(),)}
+# what an adapter is written as is decided by the first family that claims one of its methods: `full` is claimed last
+_ALL: tuple[Family, ...] = (
+    Lora(),
+    AdaLora(),
+    Ia3(),
+    Vera(),
+    SoftPrompts("PROMPT_TUNING"),
+    SoftPrompts("P_TUNING"),
+    PrefixTuning(),
+    AdaptionPrompt(),
+    Tokens(),
+    LnTuning(),
+)
+FAMILIES = {family.peft_type: family for family in _ALL}
+# hyper-parameters that say how an adapter started, or was drawn in training: a file computes the same without them
+FREE = ("init", "init_std", "vocab", "d_initial", "top", "mid")
 
 
 class Peft:
@@ -49,13 +71,14 @@ class Peft:
         tensors = _without_copies(_tensors(folder, asked), body)
         pieces = family.pieces(config, body, tensors.keys())
         config.finish()
-        methods, by_site, warnings = gather(pieces, tensors, asked, partial)
+        methods, by_site, left_out = gather(pieces, tensors, asked, partial)
+        warnings = (*left_out, *config.warnings)
         return Stored(folder.resolve().name, methods, by_site, None, None, {self.name: config.data}, warnings)
 
     def write(self, adapter: Adapter, body: Body, folder: Path) -> None:
         asked = f"save {adapter.name!r} as {self.name!r}"
         parts = held(adapter)
-        family = next((f for f in FAMILIES.values() for m, _ in parts if f.claims(m)), None)
+        family = next((f for f in _ALL if any(f.claims(m) for m, _ in parts)), None)
         if family is None:
             found = ", ".join(sorted({m.name for m, _ in parts}))
             raise GraftError(asked, f"PEFT has no method for {found}", "keep it in graftwork's own format")
@@ -125,9 +148,9 @@ def _said(given: Iterable[tuple[Method, Iterable[Spot]]]) -> dict[tuple[str, str
     """The methods at each place, in order, without what says how the places were chosen."""
     out: dict[tuple[str, str], list[Method]] = {}
     for method, spots in given:
-        if isinstance(method, Full):
-            method = dataclasses.replace(method, outputs=None)
+        bare = {f.name: f.default for f in dataclasses.fields(method) if f.name in FREE}
+        bare |= {"tokens": ()} if isinstance(method, Prompt) else {"outputs": None} if isinstance(method, Full) else {}
         for spot in spots:
             if spot is not None:
-                out.setdefault(spot, []).append(dataclasses.replace(method, at="any", layers=None))
+                out.setdefault(spot, []).append(dataclasses.replace(method, at="any", layers=None, **bare))
     return out

@@ -28,6 +28,7 @@ class Config:
 
     def __init__(self, data: dict[str, Any], asked: str) -> None:
         self.data, self.asked = data, asked
+        self.warnings: list[str] = []
         self._taken = set(ABOUT)
 
     def take(self, name: str, kind: type | tuple[type, ...], default: Any) -> Any:

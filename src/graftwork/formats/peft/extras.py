@@ -16,6 +16,8 @@ from .config import Config
 from .family import PREFIX
 from .naming import covering, ends_in
 
+OUTER = "base_model."  # of what is stored beside a prompt, which has no module of PEFT's between
+
 
 def saved_modules(config: Config, body: Body) -> list[str]:
     """Paths of the modules that modules_to_save names, by the ends of their paths, as PEFT does."""
@@ -51,13 +53,13 @@ def in_front(config: Config, body: Body, keys: Collection[str], targets: Collect
     return grouped(made)
 
 
-def behind(config: Config, body: Body) -> list[Piece]:
+def behind(config: Config, body: Body, prefix: str = PREFIX) -> list[Piece]:
     """The modules that are trained whole (modules_to_save)."""
     made = []
     for path in saved_modules(config, body):
         for site in owner_sites(body, path):
             owned = [name for name, p in site.module._parameters.items() if p is not None]
-            made.append((Full(), [one(f"{PREFIX}{site.path}.{name}", site, f"values.{name}") for name in owned]))
+            made.append((Full(), [one(f"{prefix}{site.path}.{name}", site, f"values.{name}") for name in owned]))
     return grouped(made)
 
 

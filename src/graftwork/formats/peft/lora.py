@@ -18,7 +18,7 @@ from ...methods.weight.dora import DoRA
 from ...methods.weight.lora import LoRA
 from ..pieces import Held, Piece, Slot, View, expect, grouped, one, shaped
 from ..places import whole_site
-from . import extras
+from . import extras, tokens
 from .config import Config, ends, pattern, targets
 from .family import PREFIX
 from .naming import exact, named
@@ -57,7 +57,7 @@ class Lora:
         made = [self._module(config, body, path) for path in modules]
         made += self._parameters(config, body)
         front = extras.in_front(config, body, keys, modules, "lora_only")
-        return front + grouped(made) + extras.behind(config, body)
+        return [*front, *tokens.inside(config, body), *grouped(made), *extras.behind(config, body)]
 
     def _module(self, config: Config, body: Body, path: str) -> tuple[Method, list[Slot]]:
         site = whole_site(body, path, config.asked)
@@ -126,6 +126,7 @@ class Lora:
             "rank_pattern": {exact(paths[place]): m.r for m, place in places if m.r != r},
             "alpha_pattern": {exact(paths[place]): _alpha(m) for m, place in places if _alpha(m) != alpha},
             **extras.config(held, body, modules, "lora_only"),
+            **tokens.config_inside(held),
         }
 
 
