@@ -27,12 +27,12 @@ class Net(nn.Module):
         self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
         self.norm = nn.BatchNorm2d(8)
         self.conv2 = nn.Conv2d(8, 6, (3, 1), stride=2)
-        self.mid, self.out = nn.Linear(6, 10), nn.Linear(10, 4)
+        self.mid, self.last = nn.Linear(6, 10), nn.Linear(10, 4)
 
     def forward(self, pixels: Tensor, ids: Tensor) -> Tensor:
         h = torch.relu(self.norm(self.conv1(pixels)))
         h = self.conv2(h).mean((2, 3)) + self.table(ids).mean(1)
-        return self.out(torch.tanh(self.mid(h)))
+        return self.last(torch.tanh(self.mid(h)))
 
 
 SMALL = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}

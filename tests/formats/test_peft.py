@@ -25,6 +25,7 @@ import graftwork as gw
 
 from .peers import config_of, inputs, loaded, model, outputs, peer, read_by_peer, written
 
+TOKENS = [1, *inputs("llama")["input_ids"][0, :2].tolist()]
 CAUSAL = {"task_type": "CAUSAL_LM"}
 CASES: dict[str, tuple[str, Any]] = {
     "lora": ("llama", LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], **CAUSAL)),
@@ -39,19 +40,25 @@ CASES: dict[str, tuple[str, Any]] = {
             alpha_pattern={"v_proj": 3},
         ),
     ),
-    "lora_layers": ("llama", LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="layers")),
-    "lora_exclude": ("llama", LoraConfig(r=2, target_modules=["q_proj"], exclude_modules=["layers.0.self_attn.q_proj"])),
+    "lora_layers": (
+        "llama",
+        LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="layers"),
+    ),
+    "lora_exclude": (
+        "llama",
+        LoraConfig(r=2, target_modules=["q_proj"], exclude_modules=["layers.0.self_attn.q_proj"]),
+    ),
     "lora_embedding": ("llama", LoraConfig(r=4, target_modules=["q_proj", "embed_tokens", "lm_head"])),
     "lora_bias_all": ("biased", LoraConfig(r=2, target_modules=["q_proj"], bias="all", lora_alpha=5)),
     "lora_bias_only": ("biased", LoraConfig(r=2, target_modules=["q_proj", "down_proj"], bias="lora_only")),
     "lora_lora_bias": ("biased", LoraConfig(r=3, target_modules=["q_proj"], lora_bias=True, lora_alpha=5)),
     "lora_saved": ("llama", LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], **CAUSAL)),
     "lora_saved_block": ("llama", LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["layers.1.mlp"])),
-    "lora_tokens": ("llama", LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 9, 40])),
-    "lora_tokens_tied": ("tied", LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 9, 40])),
+    "lora_tokens": ("llama", LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=TOKENS)),
+    "lora_tokens_tied": ("tied", LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=TOKENS)),
     "lora_tokens_both": (
         "llama",
-        LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3, 9], "lm_head": [1]}),
+        LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": TOKENS, "lm_head": [1]}),
     ),
     "lora_parameter": ("llama", LoraConfig(r=2, target_modules=[], target_parameters=["q_proj.weight"])),
     "lora_conv1d": (
@@ -64,8 +71,8 @@ CASES: dict[str, tuple[str, Any]] = {
     ),
     "lora_t5": ("t5", LoraConfig(r=4, target_modules=["q", "v", "wo"], task_type="SEQ_2_SEQ_LM")),
     "lora_vit": ("vit", LoraConfig(r=4, target_modules=["q_proj", "projection"], modules_to_save=["classifier"])),
-    "lora_whisper": ("whisper", LoraConfig(r=4, target_modules=["q_proj", "fc1", "conv1"], lora_dropout=0.1)),
-    "lora_net": ("net", LoraConfig(r=2, target_modules=["conv1", "conv2", "table", "mid"], modules_to_save=["out"])),
+    "lora_whisper": ("whisper", LoraConfig(r=4, target_modules=["q_proj", "fc1"], lora_dropout=0.1)),
+    "lora_net": ("net", LoraConfig(r=2, target_modules=["conv1", "conv2", "table", "mid"], modules_to_save=["last"])),
     "lora_experts": (
         "mixtral",
         LoraConfig(
@@ -80,29 +87,47 @@ CASES: dict[str, tuple[str, Any]] = {
     "dora_conv1d": ("gpt2", LoraConfig(r=4, target_modules=["c_attn"], use_dora=True, fan_in_fan_out=True)),
     "dora_net": ("net", LoraConfig(r=2, target_modules=["conv1", "conv2", "mid"], use_dora=True)),
     "dora_embedding": ("llama", LoraConfig(r=2, target_modules=["embed_tokens"], use_dora=True)),
-    "adalora": ("llama", AdaLoraConfig(init_r=4, target_r=2, total_step=100, tinit=10, tfinal=30, target_modules=["q_proj", "v_proj"])),
-    "adalora_conv1d": ("gpt2", AdaLoraConfig(init_r=4, target_r=2, total_step=100, target_modules=["c_attn"], fan_in_fan_out=True)),
+    "adalora": (
+        "llama",
+        AdaLoraConfig(init_r=4, target_r=2, total_step=100, tinit=10, tfinal=30, target_modules=["q_proj", "v_proj"]),
+    ),
+    "adalora_conv1d": (
+        "gpt2",
+        AdaLoraConfig(init_r=4, target_r=2, total_step=100, target_modules=["c_attn"], fan_in_fan_out=True),
+    ),
     "ia3": ("llama", IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])),
     "ia3_outputs": ("llama", IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=[])),
     "ia3_inputs": ("biased", IA3Config(target_modules=["k_proj", "up_proj"], feedforward_modules=["up_proj"])),
-    "ia3_conv1d": ("gpt2", IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True)),
+    "ia3_conv1d": (
+        "gpt2",
+        IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True),
+    ),
     "ia3_t5": ("t5", IA3Config(target_modules=["k", "v", "wo"], feedforward_modules=["wo"], task_type="SEQ_2_SEQ_LM")),
     "ia3_net": ("net", IA3Config(target_modules=["conv1", "mid"], feedforward_modules=["mid"])),
     "vera": ("llama", VeraConfig(r=8, target_modules=["q_proj", "v_proj"])),
-    "vera_drawn": ("llama", VeraConfig(r=8, target_modules=["q_proj", "v_proj"], save_projection=False, projection_prng_key=5)),
+    "vera_drawn": (
+        "llama",
+        VeraConfig(r=8, target_modules=["q_proj", "v_proj"], save_projection=False, projection_prng_key=5),
+    ),
     "vera_conv1d": ("gpt2", VeraConfig(r=8, target_modules=["c_attn"], fan_in_fan_out=True, bias="vera_only")),
     "prompt": ("llama", PromptTuningConfig(num_virtual_tokens=5, **CAUSAL)),
     "prompt_gpt2": ("gpt2", PromptTuningConfig(num_virtual_tokens=5, **CAUSAL)),
-    "prompt_t5": ("t5", PromptTuningConfig(num_virtual_tokens=5, task_type="SEQ_2_SEQ_LM", num_transformer_submodules=1)),
+    "prompt_t5": (
+        "t5",
+        PromptTuningConfig(num_virtual_tokens=5, task_type="SEQ_2_SEQ_LM", num_transformer_submodules=1),
+    ),
     "p_tuning": ("llama", PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=8, **CAUSAL)),
     "prefix": ("llama", PrefixTuningConfig(num_virtual_tokens=5, **CAUSAL)),
-    "prefix_projection": ("llama", PrefixTuningConfig(num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=8, **CAUSAL)),
+    "prefix_projection": (
+        "llama",
+        PrefixTuningConfig(num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=8, **CAUSAL),
+    ),
     "prefix_gpt2": ("gpt2", PrefixTuningConfig(num_virtual_tokens=5, **CAUSAL)),
     "adaption_prompt": ("llama", AdaptionPromptConfig(adapter_len=4, adapter_layers=1, **CAUSAL)),
     "ln_tuning": ("llama", LNTuningConfig(target_modules=["input_layernorm", "post_attention_layernorm"])),
     "ln_tuning_bert": ("bert", LNTuningConfig(target_modules=["LayerNorm"], task_type="SEQ_CLS")),
-    "tokens": ("llama", TrainableTokensConfig(token_indices=[0, 7, 33])),
-    "tokens_tied": ("tied", TrainableTokensConfig(token_indices=[0, 7, 33])),
+    "tokens": ("llama", TrainableTokensConfig(token_indices=TOKENS)),
+    "tokens_tied": ("tied", TrainableTokensConfig(token_indices=TOKENS)),
 }
 cases = pytest.mark.parametrize("case", CASES)
 
@@ -163,3 +188,52 @@ def test_ours_computes_the_same_there(case: str, peers: Any, tmp_path: Path) -> 
     gw.save(again, "b", tmp_path / "peft", format="peft")
     assert outputs(again, name).equal(outputs(m, name))
     close(outputs(read_by_peer(name, tmp_path / "peft"), name), theirs)
+
+
+MUTATED = {
+    "pissa": ("llama", LoraConfig(r=3, target_modules=["q_proj", "v_proj"], init_lora_weights="pissa", lora_alpha=5)),
+    "pissa_rslora": (
+        "biased",
+        LoraConfig(
+            r=3,
+            target_modules=["q_proj", "up_proj"],
+            init_lora_weights="pissa",
+            use_rslora=True,
+            rank_pattern={"up_proj": 2},
+            alpha_pattern={"q_proj": 2},
+        ),
+    ),
+    "pissa_conv1d": (
+        "gpt2",
+        LoraConfig(r=3, target_modules=["c_attn"], init_lora_weights="pissa", fan_in_fan_out=True),
+    ),
+    "pissa_dora": ("llama", LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights="pissa", use_dora=True)),
+    "olora": ("llama", LoraConfig(r=3, target_modules=["q_proj", "v_proj"], init_lora_weights="olora")),
+}
+
+
+@pytest.mark.parametrize("case", MUTATED)
+def test_the_backbone_need_not_change(case: str, tmp_path: Path) -> None:
+    """PEFT changes the weights to load such a file; here it is a plain LoRA of twice the rank, and the backbone stays."""
+    name, config = MUTATED[case]
+    theirs = peer(name, config)
+    written(theirs, tmp_path / "theirs")
+    m, bare = loaded(name, tmp_path / "theirs"), outputs(model(name), name)
+    close(outputs(m, name), outputs(theirs, name))
+    with gw.using(m, None):
+        assert outputs(m, name).equal(bare)
+    with theirs.disable_adapter():  # the peer: what is left is not the backbone
+        assert (outputs(theirs, name) - bare).abs().max() > 1e-4
+    gw.save(m, "a", tmp_path / "plain", format="peft")
+    again = read_by_peer(name, tmp_path / "plain")
+    close(outputs(again, name), outputs(theirs, name))
+    with again.disable_adapter():
+        assert outputs(again, name).equal(bare)
+
+
+def test_a_random_start_is_taken_for_the_exact_one(tmp_path: Path) -> None:
+    theirs = peer("llama", LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights="pissa_niter_16"))
+    written(theirs, tmp_path)
+    with pytest.warns(UserWarning, match="random approximation"):
+        m = loaded("llama", tmp_path)
+    assert (outputs(m, "llama") - outputs(theirs, "llama")).abs().max() < 1e-3

@@ -22,13 +22,14 @@ from ...methods.weight.full import Full
 from ...store.read import Stored
 from ..files import read_json, read_tensors, write_files
 from ..pieces import Held, Spot, gather, held, spread
-from .about import about
+from .about import about, origin
 from .adalora import AdaLora
 from .config import Config
 from .family import PREFIX, Family
 from .ia3 import Ia3
 from .lora import Lora
 from .modules import LnTuning
+from .mutated import plain
 from .prompts import AdaptionPrompt, PrefixTuning, SoftPrompts
 from .tokens import Tokens
 from .vera import Vera
@@ -68,12 +69,15 @@ class Peft:
         asked = f"load {str(folder)!r}"
         config = Config(read_json(folder / CONFIG), asked)
         family = _family(config)
-        tensors = _without_copies(_tensors(folder, asked), body)
+        config, tensors = plain(config, _without_copies(_tensors(folder, asked), body), body)
         pieces = family.pieces(config, body, tensors.keys())
         config.finish()
         methods, by_site, left_out = gather(pieces, tensors, asked, partial)
         warnings = (*left_out, *config.warnings)
         return Stored(folder.resolve().name, methods, by_site, None, None, {self.name: config.data}, warnings)
+
+    def backbone(self, folder: Path) -> tuple[str | None, str | None]:
+        return origin(read_json(folder / CONFIG))
 
     def write(self, adapter: Adapter, body: Body, folder: Path) -> None:
         asked = f"save {adapter.name!r} as {self.name!r}"

@@ -78,10 +78,18 @@ def _pieces(config: Config, body: Body, tokens: Mapping[str, Any], infix: str) -
         site = whole_site(body, path, config.asked)
         tied = _tied(body, site, config)
         done |= {other.path for other in tied}
-        slot = one(f"{PREFIX}{path}.{infix}trainable_tokens_delta", site, "rows")
-        method = TrainableTokens(tokens=tuple(tokens[path]), at=", ".join(s.role for s in (site, *tied)))
-        pieces.append(Piece(method, (slot,), bare=tuple(tied)))
+        # alone, PEFT stores the rows once for every module that uses them
+        stored = [path] if infix else [path, *(other.path for other in tied)]
+        slots = tuple(one(f"{PREFIX}{p}.{infix}trainable_tokens_delta", site, "rows") for p in stored)
+        method = TrainableTokens(tokens=_ids(config, tokens[path]), at=", ".join(s.role for s in (site, *tied)))
+        pieces.append(Piece(method, slots, bare=tuple(tied)))
     return pieces
+
+
+def _ids(config: Config, given: Any) -> tuple[int, ...]:
+    if not isinstance(given, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in given):
+        raise config.error(f"token indices {given!r}", "expected whole numbers: restore the file")
+    return tuple(given)
 
 
 def _tied(body: Body, site: Site, config: Config) -> list[Site]:
