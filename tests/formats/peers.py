@@ -46,6 +46,9 @@ OPEN: dict[str, Callable[[], nn.Module]] = {
     "tied": lambda: transformers.LlamaForCausalLM(
         transformers.LlamaConfig(vocab_size=48, num_key_value_heads=2, tie_word_embeddings=True, **SMALL)
     ),
+    "wide": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=48, num_key_value_heads=2, **SMALL | {"hidden_size": 40})
+    ),
     "bert": lambda: transformers.BertForSequenceClassification(
         transformers.BertConfig(vocab_size=48, max_position_embeddings=32, num_labels=3, **SMALL)
     ),
