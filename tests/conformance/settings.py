@@ -69,7 +69,7 @@ SETTINGS: dict[str, list[Setting]] = {
             {"tokens": tuple(range(5, 12)), "at": "embed, lm_head"},
             "output",
             True,
-            hosts="llama gpt2",
+            hosts="gpt2",
             from_weight=True,
         ),
     ],
