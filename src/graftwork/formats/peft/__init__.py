@@ -18,6 +18,7 @@ from ...core.body import Body
 from ...core.errors import GraftError, nearest
 from ...core.method import Method
 from ...methods.input.prompt import Prompt
+from ...methods.weight.bitfit import BitFit
 from ...methods.weight.full import Full
 from ...store.read import Stored
 from ..files import read_json, read_tensors, write_files
@@ -88,7 +89,7 @@ class Peft:
         if family is None:
             found = ", ".join(sorted({m.name for m, _ in parts}))
             raise GraftError(asked, f"PEFT has no method for {found}", "keep it in graftwork's own format")
-        parts = [(m, t) if family.claims(m) else valued(m, t, body) for m, t in parts]
+        parts = [(m, t) if isinstance(m, BitFit) and family.claims(m) else valued(m, t, body) for m, t in parts]
         config, tensors = _saying(adapter, family, parts, body, asked)
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         write_files(folder, {TENSORS: safetensors.torch.save(tensors, {"format": "pt"}), CONFIG: text.encode()})
@@ -164,4 +165,7 @@ def _said(given: Iterable[tuple[Method, Iterable[Spot]]]) -> dict[tuple[str, str
         for spot in spots:
             if spot is not None:
                 out.setdefault(spot, []).append(dataclasses.replace(method, at="any", layers=None, **bare))
+    for methods in out.values():  # values for a bias and a change of the weight may stand in either order
+        if not any(getattr(m, "bias", False) for m in methods):
+            methods.sort(key=lambda m: not (isinstance(m, Full) and m.only == ("bias",)))
     return out
