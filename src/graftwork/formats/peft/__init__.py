@@ -52,8 +52,8 @@ _ALL: tuple[Family, ...] = (
     LnTuning(),
 )
 FAMILIES = {family.peft_type: family for family in _ALL}
-# hyper-parameters that say how an adapter started, or was drawn in training: a file computes the same without them
-FREE = ("init", "init_std", "vocab", "d_initial", "top", "mid")
+# hyper-parameters that say how an adapter started, or which sites it took: what is stored computes the same without them
+FREE = ("init", "init_std", "vocab", "d_initial", "top", "mid", "add_missing")
 
 
 class Peft:
