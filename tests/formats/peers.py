@@ -103,6 +103,18 @@ OPEN: dict[str, Callable[[], nn.Module]] = {
             vocab_size=48, num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2, **SMALL
         )
     ),
+    "gpt_oss": lambda: transformers.GptOssForCausalLM(
+        transformers.GptOssConfig(
+            vocab_size=48,
+            head_dim=8,
+            num_key_value_heads=2,
+            num_local_experts=3,
+            num_experts_per_tok=2,
+            pad_token_id=0,
+            layer_types=["full_attention", "full_attention"],
+            **SMALL,
+        )
+    ),
     "net": Net,
     "heads": Heads,
 }

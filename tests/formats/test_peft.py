@@ -83,6 +83,10 @@ CASES: dict[str, tuple[str, Any]] = {
             rank_pattern={"experts.down_proj": 3},
         ),
     ),
+    "lora_experts_turned": (
+        "gpt_oss",
+        LoraConfig(r=2, target_modules=["o_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
+    ),
     "lora_heads": ("heads", LoraConfig(r=2, target_modules=["attn", "first"])),
     "dora": ("llama", LoraConfig(r=4, target_modules="all-linear", use_dora=True, **CAUSAL)),
     "dora_rslora": ("biased", LoraConfig(r=3, target_modules=["q_proj", "up_proj"], use_dora=True, use_rslora=True)),

@@ -55,7 +55,8 @@ class Lora:
             )
         config.inert(*ABSENT, "loftq_config", "ensure_weight_tying", "fan_in_fan_out")
         whole = extras.saved_modules(config, body)
-        modules = [path for path in body.modules if path in targets(config, body, whole)]
+        chosen = targets(config, body, whole)
+        modules = [path for path in body.modules if path in chosen]
         made = [pair for path in modules for pair in self._modules(config, body, path)]
         made += self._parameters(config, body)
         front = extras.in_front(config, body, keys, modules, "lora_only")

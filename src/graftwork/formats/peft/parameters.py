@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from ...core.site import Site
 from ..pieces import Slot, View, expect, one
 
