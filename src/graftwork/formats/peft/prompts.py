@@ -115,7 +115,7 @@ class PrefixTuning:
         return {
             "num_virtual_tokens": m.length,
             "num_transformer_submodules": 1,
-            "num_layers": len(tensors) - 1,
+            "num_layers": sum(1 for t in tensors.values() if t),
             "token_dim": next(t["keys"].shape[1] for t in tensors.values() if t),
             "num_attention_heads": heads,
             "modules_to_save": extras.config(held, body, [], "none")["modules_to_save"],
