@@ -171,13 +171,14 @@ def perturb(parameters: Any, seed: int = 1) -> None:
             p.add_(torch.randn(p.shape, generator=generator) * 0.1)
 
 
-def peer(name: str, config: Any) -> nn.Module:
-    """The model with a perturbed adapter of the peer's."""
+def peer(name: str, config: Any, moved: bool = True) -> nn.Module:
+    """The model with an adapter of the peer's.  moved: away from its initial values."""
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
         torch.manual_seed(3)
         made = peft.get_peft_model(model(name), copy.deepcopy(config)).eval()
-    perturb(made.parameters())
+    if moved:
+        perturb(made.parameters())
     return made
 
 

@@ -173,6 +173,18 @@ def test_theirs_computes_the_same_here(case: str, peers: Any) -> None:
     close(outputs(loaded(name, folder), name), theirs)
 
 
+@pytest.mark.parametrize(
+    "case", ["lora_bias_all", "lora_bias_only", "lora_conv1d", "lora_saved", "lora_tokens_tied", "ln_tuning"]
+)
+def test_an_adapter_that_was_never_trained_is_the_backbone(case: str, tmp_path: Path) -> None:
+    """What it holds beside the method equals the backbone's own numbers, and is still expected."""
+    name, config = CASES[case]
+    m = loaded(name, written(peer(name, config, moved=False), tmp_path / "theirs"))
+    assert outputs(m, name).equal(outputs(model(name), name))
+    gw.save(m, "a", tmp_path / "back", format="peft")
+    close(outputs(read_by_peer(name, tmp_path / "back"), name), outputs(m, name))
+
+
 @cases
 def test_there_and_back_is_the_same_file(case: str, peers: Any, tmp_path: Path) -> None:
     name, folder, theirs = peers(case)

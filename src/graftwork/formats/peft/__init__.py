@@ -72,7 +72,7 @@ class Peft:
         asked = f"load {str(folder)!r}"
         config = Config(read_json(folder / CONFIG), asked)
         family = _family(config)
-        config, tensors = plain(config, _without_copies(_tensors(folder, asked), body), body)
+        config, tensors = plain(config, _without_copies(_tensors(folder, asked), config, body), body)
         pieces = family.pieces(config, body, tensors.keys())
         config.finish()
         methods, by_site, left_out = gather(pieces, tensors, asked, partial)
@@ -110,15 +110,17 @@ def _tensors(folder: Path, asked: str) -> dict[str, Tensor]:
     raise GraftError(asked, f"neither {TENSORS} nor {PICKLE}", "the folder is half-written: restore it")
 
 
-def _without_copies(tensors: Mapping[str, Tensor], body: Body) -> dict[str, Tensor]:
+def _without_copies(tensors: Mapping[str, Tensor], config: Config, body: Body) -> dict[str, Tensor]:
     """The tensors without those that only repeat the backbone's own (PEFT stores whole embeddings beside their LoRA)."""
     kept = {}
+    biased = config.data.get("bias") not in (None, "none")  # a bias that was trained may still be what it was
     for key, value in tensors.items():
         name = key.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
         path, _, leaf = name.rpartition(".")
         own = body.modules[path]._parameters.get(leaf) if path in body.modules else None
         apart = ".original_module." in key  # what was replaced: it is computed with by nobody
-        if not (own is not None and (apart or (".base_layer." in key and _equal(own, value)))):
+        copied = ".base_layer." in key and not (biased and leaf == "bias") and own is not None and _equal(own, value)
+        if own is None or not (apart or copied):
             kept[key] = value
     return kept
 
