@@ -33,14 +33,18 @@ class StoredMethod:
 
 @dataclass(frozen=True)
 class Stored:
-    """What the files hold, checked by itself. tensors: for each method, site key (or "shared") -> name -> tensor."""
+    """What the files hold, checked by itself. tensors: for each method, site key (or "shared") -> name -> tensor.
+
+    backbone: None where the format does not say.  warnings: what a person should know once it is loaded.
+    """
 
     name: str
     methods: tuple[StoredMethod, ...]
     tensors: tuple[dict[str, dict[str, Tensor]], ...]
     labels: tuple[str, ...] | None
-    backbone: fingerprint.Fingerprint
+    backbone: fingerprint.Fingerprint | None
     metadata: dict[str, Any]
+    warnings: tuple[str, ...] = ()
 
 
 def read(folder: Path) -> Stored:
@@ -81,7 +85,10 @@ def _refuse_others(folder: Path, asked: str) -> None:
         names = sorted(path.name for path in folder.iterdir())
         pickles = [name for name in names if Path(name).suffix.lower() in PICKLES]
         if "adapter_config.json" in names:
-            found, do = "an adapter of HF PEFT (adapter_config.json)", "this version reads its own format only"
+            found, do = (
+                "adapter_config.json, and no adapter that graftwork knows",
+                "see docs/formats.md for what it reads",
+            )
         elif pickles:
             found, do = f"{pickles[0]!r}, {PICKLE}", "get the adapter as safetensors"
         else:
