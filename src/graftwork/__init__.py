@@ -18,7 +18,7 @@ _HOME = {
     "core.method": "Method method preset",
     "core.summary": "summary",
     "core.text": "parse_methods",
-    "store": "save load",
+    "formats": "save load",
     "methods.weight.lora": "LoRA",
     "methods.weight.full": "Full",
     "methods.weight.dora": "DoRA",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,20 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, trainabl
     that is taken; the model is then as it was. Nothing is unpickled, and no path is taken from a file.
     """
     stored = read(Path(folder).expanduser())
-    asked = f"load {str(folder)!r}"
+    return install(model, body_of(model), stored, f"load {str(folder)!r}", name, trainable)
+
+
+def install(
+    model: nn.Module, body: Body, stored: Stored, asked: str, name: str | None = None, trainable: bool = False
+) -> Adapter:
+    """Hang what was read, from files of any format, onto `model`: everything is checked before the model is touched.
+
+    asked: what to say in an error.  name, trainable: as in `load`.
+    """
     name = stored.name if name is None else name
-    body = body_of(model)
     check_free(model, body)
     check_name(model, name)
-    here = body.once(of_body)
-    if different := stored.backbone.differs(here):
+    if stored.backbone is not None and (different := stored.backbone.differs(here := body.once(of_body))):
         raise GraftError(
             f"{asked} onto {type(model).__name__}",
             f"{different}\n    made for: {stored.backbone}\n    this one: {here}",
@@ -46,6 +54,8 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, trainabl
         )
     adapter = Adapter(name, [_part(i, method, stored, body, asked) for i, method in enumerate(stored.methods)])
     adapter.trainable, adapter.labels, adapter.metadata = trainable, stored.labels, stored.metadata
+    for warning in stored.warnings:
+        warnings.warn(f"{asked}: {warning}", stacklevel=3)
     attach(model, adapter, body)
     return adapter
 

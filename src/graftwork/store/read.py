@@ -53,14 +53,18 @@ class StoredMethod:
 
 @dataclass(frozen=True)
 class Stored:
-    """What the files hold, checked by itself. tensors: for each method, site key (or "shared") -> name -> tensor."""
+    """What the files hold, checked by itself. tensors: for each method, site key (or "shared") -> name -> tensor.
+
+    backbone: None where the format does not say.  warnings: what a person should know once it is loaded.
+    """
 
     name: str
     methods: tuple[StoredMethod, ...]
     tensors: tuple[dict[str, dict[str, Tensor]], ...]
     labels: tuple[str, ...] | None
-    backbone: fingerprint.Fingerprint
+    backbone: fingerprint.Fingerprint | None
     metadata: dict[str, Any]
+    warnings: tuple[str, ...] = ()
 
 
 def read(folder: Path) -> Stored:

@@ -1,0 +1,7 @@
+"""Adapters in any format: graftwork's own, and those of other libraries. A format is one object; see `format.py`."""
+
+from __future__ import annotations
+
+from .registry import load, save
+
+__all__ = ["load", "save"]

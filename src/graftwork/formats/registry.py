@@ -1,0 +1,88 @@
+"""Loading from a folder of any format, and saving into one of the formats by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from ..core.adapter import Adapter
+from ..core.body import uncollected
+from ..core.errors import GraftError, nearest
+from ..core.graft import find
+from ..core.install import check_free
+from ..core.root import body_of
+from ..store import load as load_own
+from ..store import save as save_own
+from ..store.atomic import DESCRIPTION
+from ..store.load import install
+from .format import Format
+from .peft import Peft
+
+OWN = "graftwork"
+FORMATS: dict[str, Format] = {form.name: form for form in (Peft(),)}
+
+
+@uncollected()
+def load(
+    model: nn.Module,
+    folder: str | Path,
+    name: str | None = None,
+    trainable: bool = False,
+    partial: bool = False,
+) -> Adapter:
+    """Load the adapter in `folder`, of any known format, onto `model` and activate it.
+
+    name: None takes the stored one, or the folder's name where the format stores none.
+    trainable: its parameters receive gradients, so that training can go on (from a save with resume=True exactly).
+    partial: leave out, with a warning that names them, what is missing or superfluous in a file of another library;
+        otherwise that is an error. graftwork's own files are always read whole.
+    Raises GraftError for a folder without an adapter, a damaged, altered or newer file, another backbone, an option
+    that is not supported, a name that is taken; the model is then as it was. Nothing is unpickled (a .bin is read by
+    torch.load with weights_only=True), and no path is taken from a file.
+    """
+    place = Path(folder).expanduser()
+    form = recognise(place)
+    if form is None:
+        return load_own(model, folder, name, trainable)
+    body = body_of(model)
+    check_free(model, body)
+    return install(model, body, form.read(place, body, partial), f"load {str(folder)!r}", name, trainable)
+
+
+def save(model: nn.Module, name: str, folder: str | Path, resume: bool = False, format: str = OWN) -> Path:
+    """Write the adapter `name` of `model` into `folder`: by default its tensors, adapter.json and README.md. Returns the folder.
+
+    folder: made where it is missing; an adapter in it is replaced, other files stay.
+    resume: keep all that training needs to go on (the unfolded form, the state of schedules), not only what is used.
+    format: "graftwork", or that of another library ("peft"), which must be able to hold exactly what the adapter computes.
+    Atomic: until the new files are whole on the disk, the old ones stay; after any failure they still do.
+    Raises GraftError for an unknown adapter or format, values that are not finite or not here (meta device, sharded),
+    metadata that JSON cannot hold, an adapter that the format cannot hold, and a folder that cannot be written.
+    """
+    if format == OWN:
+        return save_own(model, name, folder, resume)
+    form, adapter, place = by_name(format), find(model, name), Path(folder).expanduser()
+    if resume:
+        asked = f"save {name!r} with resume=True as {format!r}"
+        raise GraftError(asked, "only graftwork's own files hold the state of a training", "leave one of both out")
+    if (place / DESCRIPTION).exists():
+        asked = f"save {name!r} as {format!r} into {str(folder)!r}"
+        raise GraftError(asked, "an adapter of graftwork is there, which would be read first", "choose another folder")
+    form.write(adapter, body_of(model), place)
+    return place
+
+
+def recognise(folder: Path) -> Format | None:
+    """The format of the adapter in this folder; None for graftwork's own, and where no other claims it."""
+    if not folder.is_dir() or (folder / DESCRIPTION).is_file():
+        return None
+    return next((form for form in FORMATS.values() if form.recognises(folder)), None)
+
+
+def by_name(name: str) -> Format:
+    """The format of this name. GraftError for an unknown one."""
+    if name not in FORMATS:
+        known = [OWN, *FORMATS]
+        raise GraftError(f"the format {name!r}", f"unknown{nearest(name, known)}", f"choose one of {', '.join(known)}")
+    return FORMATS[name]
