@@ -16,11 +16,12 @@ from ..store import load as load_own
 from ..store import save as save_own
 from ..store.atomic import DESCRIPTION
 from ..store.load import install
+from .adapterhub import AdapterHub
 from .format import Format
 from .peft import Peft
 
 OWN = "graftwork"
-FORMATS: dict[str, Format] = {form.name: form for form in (Peft(),)}
+FORMATS: dict[str, Format] = {form.name: form for form in (Peft(), AdapterHub())}
 
 
 @uncollected()
