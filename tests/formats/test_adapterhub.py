@@ -53,6 +53,8 @@ WARNED = {
 }
 # read as another method that computes the same: written back as that one
 FOLDED = ("bert/vera", "bert/prefix_relu", "bert/compacter_factorised_rule", "bert/compacter_shared_W")
+# of the feed-forward layer one projection, by a config that takes up for down on this model
+AMBIGUOUS = "llama/ia3"
 READ = [case for case in CASES if case not in REFUSED]
 
 
@@ -126,11 +128,8 @@ def test_there_and_back(case, tmp_path):
 def test_a_config_made_anew_says_the_same(case, tmp_path):
     """An adapter without its foreign config, as one that was trained here has none."""
     model, adapter, _ = loaded(case)
-    if case == "gpt2/both_read_sum":
-        adapter.metadata = {}
-    adapter.metadata.pop("adapterhub", None)
-    one_of_both = adapter.methods[0].name in ("ia3", "lora") and case in ("llama/ia3", "llama/lora_one")
-    if one_of_both:
+    adapter.metadata = {}
+    if case == AMBIGUOUS:
         with pytest.raises(GraftError, match="takes one for the other"):
             gw.save(model, "a", tmp_path / "out", format="adapterhub")
         return
@@ -152,7 +151,7 @@ NATIVE = [
     ("bert", gw.Houlsby(d=4, norms=False)),
     ("bert", gw.Pfeiffer(d=4)),
     ("gpt2", gw.Pfeiffer(d=4, norm="none")),
-    ("vit", gw.AdapterPlus(r=4)),
+    ("vit", gw.AdapterPlus(r=4, drop_path=0.0)),
     ("bert", gw.Parallel(d=4)),
     ("bert", gw.Compacter(reduction=4, norms=False)),
     ("llama", gw.LoRA(r=2, at="q, v")),
@@ -275,7 +274,7 @@ def test_a_prefix_there_moves_t5s_real_tokens():
     2021: a prefix adds keys and values, nothing else): without a bias for distances both agree."""
     model, _, _ = loaded("t5/prefix_no_bias")
     torch.testing.assert_close(logits(model, "t5"), expected(FILES / "t5/prefix_no_bias"), rtol=0, atol=1e-5)
-    model, adapter, _ = loaded("t5/prefix_flat")
+    model, _, _ = loaded("t5/prefix_flat")
 
     def moved(self, query_length, key_length, **kwargs):
         return type(self).compute_bias(self, query_length, key_length + 3, **kwargs)[..., 3:]
@@ -390,7 +389,10 @@ def test_files_of_earlier_versions(tmp_path):
     about["config"]["non_linearity"] = "gelu"
     (folder / "adapter_config.json").write_text(json.dumps(about))
     words = {".attention.output.adapters.": ".attention.output.attention_text_task_adapters."}
-    old = {k.replace(*next(iter(words.items()))).replace("output.adapters.", "output.layer_text_task_adapters."): t for k, t in tensors.items()}
+    old = {
+        k.replace(*next(iter(words.items()))).replace("output.adapters.", "output.layer_text_task_adapters."): t
+        for k, t in tensors.items()
+    }
     safetensors.torch.save_file(old, folder / "adapter.safetensors")
     _, adapter, _ = loaded("bert/x", folder)
     assert adapter.methods[0].act == "gelu_new" and len(adapter.sites) == 4
@@ -405,7 +407,9 @@ def test_a_file_of_a_model_without_its_head_and_the_other_way_round(tmp_path):
     folder = tmp_path / "base"
     shutil.copytree(FILES / "bert/lora", folder)
     _, tensors = content(folder)
-    safetensors.torch.save_file({k.removeprefix("bert."): t for k, t in tensors.items()}, folder / "adapter.safetensors")
+    safetensors.torch.save_file(
+        {k.removeprefix("bert."): t for k, t in tensors.items()}, folder / "adapter.safetensors"
+    )
     model, _, _ = loaded("bert/x", folder)
     torch.testing.assert_close(logits(model, "bert"), expected(FILES / "bert/lora"), rtol=0, atol=1e-5)
     base = backbone("bert_base")
@@ -416,10 +420,18 @@ def test_a_file_of_a_model_without_its_head_and_the_other_way_round(tmp_path):
 def test_the_sum_that_pfeiffers_adapter_reads():
     """norm(z + U g(D norm(z)))  with z = a + r, by hand."""
     model = backbone("bert")
-    adapter = gw.graft(model, gw.Bottleneck(d=4, act="relu", position="sum", init="bert", init_std=0.3, at="/output.LayerNorm/"), head=False)
+    adapter = gw.graft(
+        model,
+        gw.Bottleneck(d=4, act="relu", position="sum", init="bert", init_std=0.3, at="/output.LayerNorm/"),
+        head=False,
+    )
     site = adapter.sites[0]
     delta, z = adapter.parts[0].deltas[site.key], numbers("z", (2, 3, 16), 1.0)
-    norm = lambda x: F.layer_norm(x, (16,), model.get_submodule(site.path).weight, model.get_submodule(site.path).bias, 1e-12)  # noqa: E731
+    backbones = model.get_submodule(site.path)
+
+    def norm(x):
+        return F.layer_norm(x, (16,), backbones.weight, backbones.bias, 1e-12)
+
     by_hand = norm(z + F.relu(norm(z) @ delta.down.T + delta.down_bias) @ delta.up.T + delta.up_bias)
     with torch.no_grad():
-        torch.testing.assert_close(model.get_submodule(site.path)(z), by_hand)
+        torch.testing.assert_close(backbones(z), by_hand)

@@ -125,7 +125,9 @@ def _family(config: Config, asked: str) -> Family:
     found = next((family for family in FAMILIES if family.reads(config.data)), None)
     if found is None:
         kind = config.data.get("architecture")
-        raise GraftError(f"{asked}: {CONFIG}", f"architecture = {kind!r}", "graftwork does not read this kind of adapter")
+        raise GraftError(
+            f"{asked}: {CONFIG}", f"architecture = {kind!r}", "graftwork does not read this kind of adapter"
+        )
     return found
 
 
@@ -134,7 +136,9 @@ def _upright(inner: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, An
     version = about.get("version")
     made = dict(inner)
     if version is None and isinstance(made.get("non_linearity"), str):
-        made["non_linearity"] = {"gelu": "gelu_new", "gelu_orig": "gelu"}.get(made["non_linearity"], made["non_linearity"])
+        made["non_linearity"] = {"gelu": "gelu_new", "gelu_orig": "gelu"}.get(
+            made["non_linearity"], made["non_linearity"]
+        )
     if isinstance(version, str) and version.startswith("adapters.0.") and made.get("architecture") == "lora":
         made["alpha"] = made.get("r", 8)
     return made

@@ -80,7 +80,9 @@ class Bottlenecks:
         if after and around and not parallel:
             raise config.error("adapter_residual_before_ln with ln_after", "graftwork has no norm around the skip")
         if after and scaling != 1.0:
-            raise config.error(f"ln_after with scaling = {scaling!r}", "graftwork scales behind the norm, not before it")
+            raise config.error(
+                f"ln_after with scaling = {scaling!r}", "graftwork scales behind the norm, not before it"
+            )
         drop = config.take("stochastic_depth", (float, int), 0.0)
         if parallel and drop:
             warnings.append("stochastic_depth: adapters 1.3.0 does not apply it to parallel adapters; it is left out")
@@ -105,7 +107,9 @@ class Bottlenecks:
         numbers = {which: {block.index for _, _, block, w, _ in places if w == which} for which in FLAGS}
         kinds = {kind for *_, kind in places}
         if len(kinds) > 1:
-            raise GraftError("an AdapterHub config", f"adapters that read {' and '.join(sorted(kinds))}", "split the adapter")
+            raise GraftError(
+                "an AdapterHub config", f"adapters that read {' and '.join(sorted(kinds))}", "split the adapter"
+            )
         starts = {init: there for there, (init, _) in STARTS.items()}
         scaling: float | str = {"scalar": "learned", "channel": "channel"}.get(first.scaling, float(first.scale))
         return {
@@ -126,7 +130,9 @@ class Bottlenecks:
     def plain(self, method: Method, site: Site) -> Method:
         assert isinstance(method, Bottleneck)
         scale = 1.0 if method.scaling != "fixed" else method.scale  # where it is learned, this is how it started
-        return dataclasses.replace(method, d=method.widths(site)[1], scale=scale, init="lora", init_std=0.02, lora_bias=False, reduction=16)
+        return dataclasses.replace(
+            method, d=method.widths(site)[1], scale=scale, init="lora", init_std=0.02, lora_bias=False, reduction=16
+        )
 
     def moved(self, method: Method, site: Site, names: Names) -> tuple[Method, Site]:
         assert isinstance(method, Bottleneck)

@@ -47,7 +47,9 @@ class Compacters:
         config.inert("factorized_phm_rule", "shared_W_phm")  # folded by `unpack`
         for option, value in WITHOUT.items():
             if config.take(option, (bool, float, int, str), value) != value:
-                raise config.error(f"{option} = {config.data[option]!r} with phm_layer", "graftwork's PHM has no such option")
+                raise config.error(
+                    f"{option} = {config.data[option]!r} with phm_layer", "graftwork's PHM has no such option"
+                )
         if not config.take("learn_phm", bool, True):
             warnings.append("learn_phm = False: the shared rule is not held fixed when training goes on")
         kind, skip = scheme(config), left_out(config, names)
@@ -67,7 +69,9 @@ class Compacters:
                     )  # fmt: skip
                     made.append((method, _slots(method, site, names, names.layer(block, which))))
         if shared and len({method for method, _ in made}) > 1:
-            raise config.error("a rule shared by adapters of several widths", "graftwork shares a rule among equal adapters")
+            raise config.error(
+                "a rule shared by adapters of several widths", "graftwork shares a rule among equal adapters"
+            )
         return made
 
     def config(self, held: Sequence[Held], names: Names) -> dict[str, Any]:
@@ -103,7 +107,9 @@ class Compacters:
         for left in [key for key in tensors if key.endswith("phm_rule_left")]:
             a, b = tensors.pop(left), tensors.pop(left.replace("_left", "_right"), None)
             if b is None or a.dim() != 3 or b.dim() != 3 or a.shape[2] != b.shape[1]:
-                raise GraftError(f"{config.asked}: {left!r}", "its other factor is missing or does not fit", "restore the file")
+                raise GraftError(
+                    f"{config.asked}: {left!r}", "its other factor is missing or does not fit", "restore the file"
+                )
             tensors[left.removesuffix("_left")] = torch.bmm(a, b)
             exact = False
         for side in ("down", "up"):
@@ -114,7 +120,9 @@ class Compacters:
                     tensors[bias.removesuffix("b") + f"W{rest}"] = value.clone()
                 exact = False
         if not exact:
-            warnings.append("rules in two factors, or matrices shared by all layers, are read as whole ones of each layer")
+            warnings.append(
+                "rules in two factors, or matrices shared by all layers, are read as whole ones of each layer"
+            )
         return exact
 
     def pack(self, config: Config, names: Names, tensors: dict[str, Tensor]) -> None:

@@ -48,12 +48,14 @@ def pieces(config: Config, names: Names, tensors: Mapping[str, Tensor]) -> list[
         starts = {site.key: names.old[site.path] for site in sites}
     else:
         starts = dict(zip((site.key for site in sites), _flexible(config, inner, names, sites), strict=True))
-    rows = next((len(t) for key, t in reversed(tensors.items()) if key.endswith(".weight")), None)
+    rows = next((len(t) for key, t in reversed(list(tensors.items())) if key.endswith(".weight")), None)
     made: list[tuple[Method, list[Slot]]] = []
     for site in sites:
         owned = [name for name, p in site.module._parameters.items() if p is not None]
         outputs = rows if site is sites[-1] else None
-        made.append((Full(outputs=outputs), [Slot(f"{starts[site.key]}.{name}", site, f"values.{name}") for name in owned]))
+        made.append(
+            (Full(outputs=outputs), [Slot(f"{starts[site.key]}.{name}", site, f"values.{name}") for name in owned])
+        )
     return made
 
 

@@ -53,7 +53,9 @@ class Loras:
         dora = config.take("use_dora", bool, False)
         if mode == "scale":
             if alpha != 1 or dropout or dora:
-                raise config.error("composition_mode = 'scale' with alpha, dropout or use_dora", "(IA)^3 has none of them")
+                raise config.error(
+                    "composition_mode = 'scale' with alpha, dropout or use_dora", "(IA)^3 has none of them"
+                )
             return IA3()
         if mode != "add":
             raise config.error(f"composition_mode = {mode!r}", "expected 'add' or 'scale'")
@@ -74,6 +76,10 @@ class Loras:
             found = f"of the feed-forward layer only {used & MLP.keys()}"
             do = "adapt up and down, or neither: adapters 1.3.0 takes one for the other on some gated models"
             raise GraftError("an AdapterHub config", found, do)
+        if isinstance(first, VeRA) and len({(site.weight.d_in, site.weight.d_out) for site in sites}) > 1:
+            raise GraftError(
+                "an AdapterHub config for VeRA", "weights of several shapes", "its files have one pair for one shape"
+            )
         present = {block.index for block in names.blocks for site in sites if _in(site, block.site)}
         ia3 = isinstance(first, IA3)
         alpha = 1 if ia3 else first.r if isinstance(first, VeRA) else first.scale * first.r
@@ -121,16 +127,20 @@ class Loras:
             for key in matrices:
                 tensors[key] = tensors[key].diagonal().clone()
             return True
-        down, up = (tensors.pop(names.shared(leaf), None) for leaf in ("lora_A", "lora_B"))
+        down, up = (tensors.pop(names.shared(leaf), torch.empty(0)) for leaf in ("lora_A", "lora_B"))
         for key in [key for key in matrices if key.endswith("B")]:
             path = key.removesuffix("vera_B")
             try:
                 left, middle = tensors.pop(key), tensors.pop(f"{path}vera_D")
                 tensors[f"{path}lora_A"] = middle @ down
                 tensors[f"{path}lora_B"] = left @ up * (alpha / r)
-            except (KeyError, TypeError, RuntimeError) as error:
-                raise GraftError(f"{config.asked}: {key!r}", "VeRA's matrices do not fit", "restore the file") from error
-        warnings.append("VeRA: adapters 1.3.0 trains whole matrices in the place of VeRA's vectors; read as the LoRA it is")
+            except (KeyError, RuntimeError) as error:
+                raise GraftError(
+                    f"{config.asked}: {key!r}", "VeRA's matrices do not fit", "restore the file"
+                ) from error
+        warnings.append(
+            "VeRA: adapters 1.3.0 trains whole matrices in the place of VeRA's vectors; read as the LoRA it is"
+        )
         return False
 
     def pack(self, config: Config, names: Names, tensors: dict[str, Tensor]) -> None:
@@ -192,7 +202,9 @@ def _slots(method: Any, site: Site, names: Names) -> list[Slot]:
     if isinstance(method, IA3):
         return [shaped(f"{path}lora_B", site, "scale", (w.d_out,), (w.d_out, 1))]
     if isinstance(method, VeRA):
-        shared = [Slot(names.shared(f"lora_{m}"), None, f"projection.{name}") for m, name in (("A", "down"), ("B", "up"))]
+        shared = [
+            Slot(names.shared(f"lora_{m}"), None, f"projection.{name}") for m, name in (("A", "down"), ("B", "up"))
+        ]
         return [*shared, Slot(f"{path}vera_D", site, "down_scale"), Slot(f"{path}vera_B", site, "up_scale")]
     slots = [Slot(f"{path}lora_A", site, "down"), Slot(f"{path}lora_B", site, "up")]
     if isinstance(method, DoRA):
@@ -202,7 +214,9 @@ def _slots(method: Any, site: Site, names: Names) -> list[Slot]:
 
 def _fused(names: Names) -> list[tuple[Site, str]]:
     """A site of each projection that makes q, k and v at once, and what the keys there start with."""
-    found = {site.path: site for site in names.body.anatomy.sites if site.role in ("q", "k", "v") and site.rows is not None}
+    found = {
+        site.path: site for site in names.body.anatomy.sites if site.role in ("q", "k", "v") and site.rows is not None
+    }
     return [(site, f"{names.old[path]}.loras.{names.adapter}.") for path, site in found.items()]
 
 

@@ -40,7 +40,9 @@ class Names:
         """The model's config. GraftError for a model that has none."""
         found = getattr(self.model, "config", None)
         if not isinstance(getattr(found, "hidden_size", None), int):
-            raise GraftError("AdapterHub's files", f"{type(self.model).__name__} has no hidden_size", "use a transformers model")
+            raise GraftError(
+                "AdapterHub's files", f"{type(self.model).__name__} has no hidden_size", "use a transformers model"
+            )
         return found
 
     @cached_property
@@ -129,7 +131,9 @@ class Names:
     def _last(self, block: Block, which: str) -> str:
         found = [s for s in self.parts(block, LAST[which]) if which == "mlp" or s.cross == (which == "cross")]
         if not found:
-            raise GraftError(f"the {which} adapter of {block.path}", "no last projection is known", "keep graftwork's format")
+            raise GraftError(
+                f"the {which} adapter of {block.path}", "no last projection is known", "keep graftwork's format"
+            )
         return self.old[found[0].path]
 
     def _holds_entry(self, block: Block, which: str, path: str) -> bool:
@@ -154,5 +158,5 @@ def _renaming(model: Any) -> Any:
         return lambda name: name
     forward = get_model_conversion_mapping(model, add_legacy=False)
     plain = [one for one in forward if isinstance(one, WeightRenaming) and not isinstance(one, PrefixChange)]
-    backward = [one.reverse_transform() for one in reversed(plain)]
+    backward: Any = [one.reverse_transform() for one in reversed(plain)]
     return lambda name: apply_renamings(name, backward)

@@ -70,5 +70,7 @@ def widths(config: Config, names: Names, block: Block) -> int:
     given = config.take("reduction_factor", (int, float, dict), None)
     factor = given.get(str(block.index), given.get("default")) if isinstance(given, dict) else given
     if not isinstance(factor, int | float) or isinstance(factor, bool) or not factor > 0:
-        raise config.error(f"reduction_factor = {given!r}", "expected a number above 0, or one per layer with a 'default'")
+        raise config.error(
+            f"reduction_factor = {given!r}", "expected a number above 0, or one per layer with a 'default'"
+        )
     return max(1, int(names.settings.hidden_size // factor))

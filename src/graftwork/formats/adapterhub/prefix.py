@@ -43,7 +43,9 @@ class Prefixes:
         )  # fmt: skip
         made: list[tuple[Method, list[Slot]]] = []
         for group, sites in _groups(config, names).items():
-            if group == "self_prefix" and any(getattr(m, "has_relative_attention_bias", 0) for m in names.body.modules.values()):
+            if group == "self_prefix" and any(
+                getattr(m, "has_relative_attention_bias", 0) for m in names.body.modules.values()
+            ):
                 warnings.append(
                     "prefix: adapters 1.3.0 lets the prefix shift the relative positions of the real tokens (T5); here they stay"
                 )
@@ -54,7 +56,9 @@ class Prefixes:
                     continue
                 slots = [Slot(f"{key}{there}", site, here) for here, there in OWN.items()]
                 home = kind_of(site).replace(".", "%2E")
-                slots += [Slot(f"{_pool(names, group)}{there}", None, f"{home}.{here}") for here, there in SHARED.items()]
+                slots += [
+                    Slot(f"{_pool(names, group)}{there}", None, f"{home}.{here}") for here, there in SHARED.items()
+                ]
                 made.append((method, slots))
         return made
 
@@ -66,7 +70,8 @@ class Prefixes:
         return {
             "architecture": "prefix_tuning",
             "encoder_prefix": any(site.key in present for site in every.get("encoder_prefix", [])),
-            "cross_prefix": any(site.key in present for site in every.get("cross_prefix", [])) or "cross_prefix" not in every,
+            "cross_prefix": any(site.key in present for site in every.get("cross_prefix", []))
+            or "cross_prefix" not in every,
             "leave_out": [b.index for b in names.blocks if b.index not in blocks],
             "flat": first.reparam == "flat",
             "prefix_length": first.length,
@@ -103,7 +108,9 @@ class Prefixes:
             except (RuntimeError, ValueError) as error:
                 raise GraftError(f"{config.asked}: {pool}*", f"{error}", "restore the file") from error
         if not tanh:
-            warnings.append("prefix: its MLP has another non-linearity than tanh; read as the flat prefix that it makes")
+            warnings.append(
+                "prefix: its MLP has another non-linearity than tanh; read as the flat prefix that it makes"
+            )
         return tanh
 
     def pack(self, config: Config, names: Names, tensors: dict[str, Tensor]) -> None:

@@ -44,7 +44,9 @@ class Refts:
                 "(DiReFT); read as NoReFT, as that library itself does when it loads the file"
             )
         if len(names.blocks) and any("cross" in block.subs for block in names.blocks):
-            raise config.error("ReFT on an encoder-decoder", "AdapterHub edits the decoder's positions too; graftwork does not")
+            raise config.error(
+                "ReFT on an encoder-decoder", "AdapterHub edits the decoder's positions too; graftwork does not"
+            )
         method = LoReFT(
             r=config.take("r", int, 1), variant="loreft" if orthogonal else "noreft",
             positions="+".join(f"{word}{n}" for word, n in (("p", first), ("s", last)) if n), tied=tied,
@@ -54,14 +56,21 @@ class Refts:
         for block in names.blocks:
             if layers == "all" or block.index in layers:
                 units = [u for u, n in enumerate((first, last)) if n or (tied and not u)][: method.sets]
-                made.append((method, [s for i, u in enumerate(units) for s in _slots(method, block.site, names, block.path, i, u)]))
+                made.append(
+                    (
+                        method,
+                        [s for i, u in enumerate(units) for s in _slots(method, block.site, names, block.path, i, u)],
+                    )
+                )
         return made
 
     def config(self, held: Sequence[Held], names: Names) -> dict[str, Any]:
         first: Any = held[0].method
         if first.variant not in ("loreft", "noreft") or first.span is None:
             found = f"variant={first.variant!r}, positions={first.positions!r}"
-            raise GraftError("an AdapterHub config for ReFT", found, "its files can say loreft and noreft at 'p..+s..' only")
+            raise GraftError(
+                "an AdapterHub config for ReFT", found, "its files can say loreft and noreft at 'p..+s..' only"
+            )
         present = [b.index for b in names.blocks for one in held if any(b.site.key == s.key for s in one.sites)]
         return {
             "architecture": "reft",
@@ -81,13 +90,19 @@ class Refts:
     def plain(self, method: Method, site: Site) -> Method:
         assert isinstance(method, LoReFT) and method.span is not None
         positions = "+".join(f"{word}{n}" for word, n in zip("ps", method.span, strict=True) if n)
-        return dataclasses.replace(method, init="random", positions=positions, drop_state=bool(method.dropout) and method.drop_state)
+        return dataclasses.replace(
+            method, init="random", positions=positions, drop_state=bool(method.dropout) and method.drop_state
+        )
 
     def moved(self, method: Method, site: Site, names: Names) -> tuple[Method, Site]:
         return method, site
 
     def unpack(self, config: Config, names: Names, tensors: dict[str, Tensor], warnings: list[str]) -> bool:
-        unused = {u for u, n in enumerate((config.take("prefix_positions", int, 3), config.take("suffix_positions", int, 0))) if not n}
+        unused = {
+            u
+            for u, n in enumerate((config.take("prefix_positions", int, 3), config.take("suffix_positions", int, 0)))
+            if not n
+        }
         unused = {1} if config.take("tied_weights", bool, False) else unused
         for key in [key for key in tensors if any(f".refts.{names.adapter}.units.{u}." in key for u in unused)]:
             del tensors[key]  # allocated by adapters 1.3.0, and computed with by nobody
@@ -121,7 +136,12 @@ def _slots(method: LoReFT, site: Site, names: Names, path: str, index: int, unit
 
 def _rotation(original: Tensor, base: Tensor | None) -> Tensor:
     """R [r, d], r < d: base times a product of Householder reflections whose vectors are the columns of original^T below its diagonal."""
-    if original.dim() != 2 or original.shape[0] >= original.shape[1] or base is None or base.shape != (original.shape[1],) * 2:
+    if (
+        original.dim() != 2
+        or original.shape[0] >= original.shape[1]
+        or base is None
+        or base.shape != (original.shape[1],) * 2
+    ):
         raise ValueError(f"{list(original.shape)} with a base {None if base is None else list(base.shape)}")
     vectors = original.mT.tril(-1)
     scales = 2 / (1 + vectors.square().sum(-2))

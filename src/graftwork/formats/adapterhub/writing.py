@@ -14,6 +14,7 @@ from ...core.errors import GraftError
 from ...core.method import Method
 from ...core.site import Site
 from ...methods.attention.prefix import Prefix
+from ...methods.weight.vera import VeRA
 from ..peft.config import Config
 from ..pieces import Piece, grouped
 from .family import Family, Held
@@ -51,6 +52,9 @@ def _stored(part: Part) -> tuple[Method, dict[str, dict[str, Tensor]], dict[str,
     if isinstance(part.method, Prefix):  # AdapterHub keeps the MLP that makes a prefix
         tensors = {key: dict(delta.state_dict()) for key, delta in part.deltas.items()}
         return part.method, tensors, dict(part.shared_modules.state_dict())
+    if isinstance(part.method, VeRA):  # its files hold the random pair itself
+        method, tensors, _ = part.method.fold(part)
+        return method, tensors, {f"projection.{k}": t for k, t in part.shared_modules["projection"].named_buffers()}
     return part.method.fold(part)
 
 
@@ -97,8 +101,15 @@ def _filled(
 
 def _keys(parts: Sequence[Held], names: Names) -> set[str]:
     """What `pieces` looks for among the keys of a file: which modules it speaks of, and which form of a method it holds."""
-    keys = {f"{names.old[site.path]}.loras.{names.adapter}." for one in parts for site in one.sites if site.path in names.old}
-    keys |= {f"{names.base}.wte.weight" for one in parts if isinstance(one.method, Prefix) and one.method.reparam == "mlp"}
+    keys = {
+        f"{names.old[site.path]}.loras.{names.adapter}."
+        for one in parts
+        for site in one.sites
+        if site.path in names.old
+    }
+    keys |= {
+        f"{names.base}.wte.weight" for one in parts if isinstance(one.method, Prefix) and one.method.reparam == "mlp"
+    }
     return keys | {names.shared("lora_A") for one in parts if one.method.name == "vera"}
 
 
