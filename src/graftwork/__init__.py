@@ -27,6 +27,7 @@ _HOME = {
     "methods.weight.bitfit": "BitFit",
     "methods.weight.ln_tuning": "LNTuning",
     "methods.weight.adalora": "AdaLoRA",
+    "methods.weight.trainable_tokens": "TrainableTokens",
     "methods.attention.prefix": "Prefix",
     "methods.attention.llama_adapter": "LlamaAdapter",
     "methods.input.prompt": "Prompt",

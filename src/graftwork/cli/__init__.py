@@ -16,6 +16,8 @@ COMMANDS = {
     "eval": ("evaluate", "score a trained adapter on labelled data"),
     "show": ("show", "what an adapter is made of and how it was trained"),
     "merge": ("merge", "write backbone and adapter as one plain transformers folder"),
+    "export": ("export", "write an adapter in the format of another library"),
+    "import": ("importing", "read an adapter of another library"),
     "methods": ("methods", "the methods: equation, hyper-parameters, source"),
     "anatomy": ("anatomy", "the parts of a backbone that an adapter can sit on"),
 }

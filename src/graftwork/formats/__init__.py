@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .registry import load, save
+from .registry import by_name, load, recognise, save
 
-__all__ = ["load", "save"]
+__all__ = ["by_name", "load", "recognise", "save"]

@@ -29,5 +29,8 @@ class Format(Protocol):
         Raises GraftError for whatever cannot be read whole and exactly. The backbone is not touched.
         """
 
+    def backbone(self, folder: Path) -> tuple[str | None, str | None]:
+        """(name or folder of the backbone, transformers' name of its class), each None where the files do not say."""
+
     def write(self, adapter: Adapter, body: Body, folder: Path) -> None:
         """Write the adapter. GraftError, and nothing written, where the format cannot hold exactly what it computes."""

@@ -5,10 +5,10 @@ It is stated once, and used in both directions.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from ..core.adapter import Adapter
@@ -22,47 +22,59 @@ SHOWN = 20  # keys that an error lists of each kind
 View = Callable[[Tensor], Tensor]
 
 
-def same(t: Tensor) -> Tensor:
-    """The tensor as it is."""
-    return t
+Place = tuple[Site | None, str]
+Here = Callable[[Tensor], Sequence[Tensor]]
+There = Callable[[Sequence[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor: `key` in the file, `name` of the delta at `site` here (None: shared by the sites of the method).
+    """One tensor of a file, and what it is here: the tensors of these names at these sites (None: shared by the sites).
 
-    here, there: from the file's layout to the delta's, and back.
+    here, there: from the file's layout to the deltas', and back.
     """
 
     key: str
-    site: Site | None
-    name: str
-    here: View = same
-    there: View = same
+    places: tuple[Place, ...]
+    here: Here
+    there: There
+
+
+def one(key: str, site: Site | None, name: str, here: View | None = None, there: View | None = None) -> Slot:
+    """A slot for one tensor; by default it is the same in the file."""
+    to, back = here or (lambda t: t), there or (lambda t: t)
+    return Slot(key, ((site, name),), lambda t: [to(t)], lambda ts: back(ts[0]))
 
 
 def shaped(key: str, site: Site | None, name: str, here: tuple[int, ...], there: tuple[int, ...]) -> Slot:
     """A slot whose two layouts hold the same numbers in the same order, in these shapes."""
+    return one(key, site, name, lambda t: expect(t, there).reshape(here), lambda t: t.reshape(there))
 
-    def checked(t: Tensor) -> Tensor:
-        if tuple(t.shape) != there:
-            raise ValueError(f"its shape is {list(t.shape)}, expected {list(there)}")
-        return t.reshape(here)
 
-    return Slot(key, site, name, checked, lambda t: t.reshape(there))
+def expect(t: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The tensor. ValueError for another shape."""
+    if tuple(t.shape) != shape:
+        raise ValueError(f"its shape is {list(t.shape)}, expected {list(shape)}")
+    return t
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One method, and the tensors of all its sites."""
+    """One method, and the tensors of all its sites.
+
+    given: shared tensors that are in no file.  bare: sites without a tensor of their own.
+    """
 
     method: Method
     slots: tuple[Slot, ...]
+    given: Mapping[str, Tensor] = field(default_factory=dict)
+    bare: tuple[Site, ...] = ()
 
     @property
     def sites(self) -> list[Site]:
         """Each once, in order."""
-        return list({slot.site.key: slot.site for slot in self.slots if slot.site is not None}.values())
+        own = (site for slot in self.slots for site, _ in slot.places if site is not None)
+        return list({site.key: site for site in (*own, *self.bare)}.values())
 
 
 def grouped(made: Iterable[tuple[Method, Sequence[Slot]]]) -> list[Piece]:
@@ -75,8 +87,8 @@ def grouped(made: Iterable[tuple[Method, Sequence[Slot]]]) -> list[Piece]:
 
 def _placed(method: Method, slots: Sequence[Slot]) -> Method:
     """The method with `at` saying the roles of its sites."""
-    roles = dict.fromkeys(slot.site.role for slot in slots if slot.site is not None)
-    return dataclasses.replace(method, at=", ".join(roles))
+    roles = dict.fromkeys(site.role for slot in slots for site, _ in slot.places if site is not None)
+    return replace(method, at=", ".join(roles))
 
 
 Tensors = tuple[dict[str, dict[str, Tensor]], ...]
@@ -112,35 +124,62 @@ def gather(
 
 def _whole(piece: Piece, tensors: Mapping[str, Tensor]) -> Piece | None:
     """The piece without the sites that lack a tensor; None where nothing is left."""
-    broken = {slot.site for slot in piece.slots if slot.key not in tensors}
+    broken = {site for slot in piece.slots if slot.key not in tensors for site, _ in slot.places}
     if None in broken:
         return None
-    left = tuple(slot for slot in piece.slots if slot.site not in broken)
-    return Piece(piece.method, left) if any(slot.site is not None for slot in left) else None
+    left = tuple(slot for slot in piece.slots if not any(site in broken for site, _ in slot.places))
+    kept = replace(piece, slots=left)
+    return kept if len(kept.sites) > len(piece.bare) else None
 
 
 def _taken(piece: Piece, tensors: Mapping[str, Tensor], asked: str) -> dict[str, dict[str, Tensor]]:
     out: dict[str, dict[str, Tensor]] = {site.key: {} for site in piece.sites}
+    if piece.given:
+        out[SHARED] = dict(piece.given)
     for slot in piece.slots:
-        place = out.setdefault(SHARED if slot.site is None else slot.site.key, {})
         try:
-            place[slot.name] = slot.here(tensors[slot.key])
+            values = slot.here(tensors[slot.key])
         except (ValueError, RuntimeError, IndexError) as error:
             do = "the file was made by other hyper-parameters or for another backbone"
             raise GraftError(f"{asked}: the tensor {slot.key!r}", str(error), do) from error
+        for (site, name), value in zip(slot.places, values, strict=True):
+            out.setdefault(SHARED if site is None else site.key, {})[name] = value.contiguous()
     return out
 
 
-Held = dict[tuple[str, str], tuple[Method, dict[str, Tensor]]]
+Spot = tuple[str, str] | None  # (module path, parameter); None for what the sites share
+Held = Sequence[tuple[Method, Mapping[Spot, Mapping[str, Tensor]]]]
 
 
-def held(adapter: Adapter) -> list[tuple[Method, dict[tuple[str, str] | None, dict[str, Tensor]]]]:
-    """What an adapter stores: its folded methods, each with its tensors by (module path, parameter), None for shared ones."""
+def held(adapter: Adapter) -> list[tuple[Method, dict[Spot, dict[str, Tensor]]]]:
+    """What an adapter stores: its folded methods, each with its tensors by spot."""
     out = []
     for part in adapter.parts:
         method, per_site, shared = part.method.fold(part)
-        tensors: dict[tuple[str, str] | None, dict[str, Tensor]] = {None: shared} if shared else {}
+        tensors: dict[Spot, dict[str, Tensor]] = {None: shared} if shared else {}
         for site in part.sites:
+            if site.rows is not None:
+                found = f"{method} at {site.key}, a slice of a packed weight"
+                raise GraftError(f"write {adapter.name!r} for another library", found, "graft the whole weight (qkv)")
             tensors[site.path, site.param] = per_site[site.key]
         out.append((method, tensors))
     return out
+
+
+def spread(pieces: Sequence[Piece], parts: Held, asked: str) -> dict[str, Tensor]:
+    """The tensors of a file from those of an adapter. GraftError where what would be read from it is not the same."""
+    values = {(m.name, spot): tensors for m, by_spot in parts for spot, tensors in by_spot.items()}
+    out = {}
+    for piece in pieces:
+        for slot in piece.slots:
+            spots = [(None if s is None else (s.path, s.param), name) for s, name in slot.places]
+            own = [values[piece.method.name, spot][name].detach().cpu() for spot, name in spots]
+            try:
+                out[slot.key] = slot.there(own).contiguous()
+                again = slot.here(out[slot.key])
+            except (ValueError, RuntimeError) as error:
+                raise GraftError(f"{asked}: {slot.key!r}", str(error), "keep it in graftwork's own format") from error
+            if not all(torch.equal(a, b) for a, b in zip(own, again, strict=True)):
+                found = "the format shares among layers what differs among them here"
+                raise GraftError(f"{asked}: {slot.key!r}", found, "keep it in graftwork's own format")
+    return {key: value.clone() for key, value in out.items()}

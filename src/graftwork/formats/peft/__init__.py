@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,40 @@ from ...core.adapter import Adapter
 from ...core.body import Body
 from ...core.errors import GraftError, nearest
 from ...core.method import Method
+from ...methods.input.prompt import Prompt
 from ...methods.weight.full import Full
 from ...store.read import Stored
 from ..files import read_json, read_tensors, write_files
-from ..pieces import Piece, gather, held
-from .about import about
+from ..pieces import Held, Spot, gather, held, spread
+from .about import about, origin
+from .adalora import AdaLora
 from .config import Config
 from .family import PREFIX, Family
+from .ia3 import Ia3
 from .lora import Lora
+from .modules import LnTuning
+from .mutated import plain
+from .prompts import AdaptionPrompt, PrefixTuning, SoftPrompts
+from .tokens import Tokens
+from .vera import Vera
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-FAMILIES: dict[str, Family] = {family.peft_type: family for family in (Lora(),)}
+# what an adapter is written as is decided by the first family that claims one of its methods: `full` is claimed last
+_ALL: tuple[Family, ...] = (
+    Lora(),
+    AdaLora(),
+    Ia3(),
+    Vera(),
+    SoftPrompts("PROMPT_TUNING"),
+    SoftPrompts("P_TUNING"),
+    PrefixTuning(),
+    AdaptionPrompt(),
+    Tokens(),
+    LnTuning(),
+)
+FAMILIES = {family.peft_type: family for family in _ALL}
+# hyper-parameters that say how an adapter started, or was drawn in training: a file computes the same without them
+FREE = ("init", "init_std", "vocab", "d_initial", "top", "mid")
 
 
 class Peft:
@@ -46,27 +69,24 @@ class Peft:
         asked = f"load {str(folder)!r}"
         config = Config(read_json(folder / CONFIG), asked)
         family = _family(config)
-        tensors = _without_copies(_tensors(folder, asked), body)
+        config, tensors = plain(config, _without_copies(_tensors(folder, asked), body), body)
         pieces = family.pieces(config, body, tensors.keys())
         config.finish()
-        methods, by_site, warnings = gather(pieces, tensors, asked, partial)
+        methods, by_site, left_out = gather(pieces, tensors, asked, partial)
+        warnings = (*left_out, *config.warnings)
         return Stored(folder.resolve().name, methods, by_site, None, None, {self.name: config.data}, warnings)
+
+    def backbone(self, folder: Path) -> tuple[str | None, str | None]:
+        return origin(read_json(folder / CONFIG))
 
     def write(self, adapter: Adapter, body: Body, folder: Path) -> None:
         asked = f"save {adapter.name!r} as {self.name!r}"
         parts = held(adapter)
-        family = next((f for f in FAMILIES.values() for m, _ in parts if f.claims(m)), None)
+        family = next((f for f in _ALL if any(f.claims(m) for m, _ in parts)), None)
         if family is None:
             found = ", ".join(sorted({m.name for m, _ in parts}))
             raise GraftError(asked, f"PEFT has no method for {found}", "keep it in graftwork's own format")
-        config, pieces = _saying(adapter, family, parts, body, asked)
-        tensors = {}
-        values = {(m.name, place): t for m, tensors_of in parts for place, t in tensors_of.items()}
-        for piece in pieces:
-            for slot in piece.slots:
-                place = None if slot.site is None else (slot.site.path, slot.site.param)
-                t = slot.there(values[piece.method.name, place][slot.name])
-                tensors[slot.key] = t.detach().to("cpu", copy=True).contiguous()
+        config, tensors = _saying(adapter, family, parts, body, asked)
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         write_files(folder, {TENSORS: safetensors.torch.save(tensors, {"format": "pt"}), CONFIG: text.encode()})
 
@@ -104,37 +124,37 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _saying(
-    adapter: Adapter, family: Family, parts: Sequence[tuple[Method, Any]], body: Body, asked: str
-) -> tuple[dict[str, Any], list[Piece]]:
-    """A config that says exactly what the adapter is, and what it says: the one that it was read from, or a new one."""
-    wanted = _said((m, place) for m, tensors in parts for place in tensors if place is not None)
-    partly = [(m, place) for m, tensors in parts if isinstance(m, Full) and m.only for place in tensors]
+    adapter: Adapter, family: Family, parts: Held, body: Body, asked: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A config that says exactly what the adapter is, and its tensors: the config that it was read from, or a new one."""
+    partly = [(m, spot) for m, tensors in parts if isinstance(m, Full) and m.only for spot in tensors if spot]
     keys = {f"{PREFIX}{p}.{base}{name}" for m, (p, _) in partly for name in m.only for base in ("", "base_layer.")}
+
+    def said(data: dict[str, Any]) -> dict[str, Tensor]:
+        config = Config(data, asked)
+        pieces = _family(config).pieces(config, body, keys)
+        here, there = _said(parts), _said([(p.method, [(s.path, s.param) for s in p.sites]) for p in pieces])
+        if here != there:
+            path, param = min(spot for spot in here.keys() | there.keys() if here.get(spot) != there.get(spot))
+            found = f"no config says {', '.join(map(str, here.get((path, param), ['nothing'])))} at {path}.{param}"
+            raise GraftError(asked, found, "keep it in graftwork's own format")
+        return spread(pieces, parts, asked)
+
     before = adapter.metadata.get(Peft.name)
     if isinstance(before, dict):
         with contextlib.suppress(GraftError):
-            pieces = _family(config := Config(before, asked)).pieces(config, body, keys)
-            if _said(_places(pieces)) == wanted:
-                return before, pieces
+            return before, said(before)
     data = {"peft_type": family.peft_type, **about(body), **family.config(parts, body)}
-    pieces = family.pieces(Config(data, asked), body, keys)
-    said = _said(_places(pieces))
-    if said != wanted:
-        path, param = min(place for place in said.keys() | wanted.keys() if said.get(place) != wanted.get(place))
-        found = f"no config says {', '.join(map(str, wanted.get((path, param), ['nothing'])))} at {path}.{param}"
-        raise GraftError(asked, found, "keep it in graftwork's own format")
-    return data, pieces
+    return data, said(data)
 
 
-def _places(pieces: Sequence[Piece]) -> Iterator[tuple[Method, tuple[str, str]]]:
-    return ((piece.method, (site.path, site.param)) for piece in pieces for site in piece.sites)
-
-
-def _said(given: Iterable[tuple[Method, tuple[str, str]]]) -> dict[tuple[str, str], list[Method]]:
+def _said(given: Iterable[tuple[Method, Iterable[Spot]]]) -> dict[tuple[str, str], list[Method]]:
     """The methods at each place, in order, without what says how the places were chosen."""
     out: dict[tuple[str, str], list[Method]] = {}
-    for method, place in given:
-        if isinstance(method, Full):
-            method = dataclasses.replace(method, outputs=None)
-        out.setdefault(place, []).append(dataclasses.replace(method, at="any", layers=None))
+    for method, spots in given:
+        bare = {f.name: f.default for f in dataclasses.fields(method) if f.name in FREE}
+        bare |= {"tokens": ()} if isinstance(method, Prompt) else {"outputs": None} if isinstance(method, Full) else {}
+        for spot in spots:
+            if spot is not None:
+                out.setdefault(spot, []).append(dataclasses.replace(method, at="any", layers=None, **bare))
     return out

@@ -5,21 +5,18 @@ All of these are values that stand in the place of the backbone's: here the meth
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 from typing import Any
 
-from torch import Tensor
-
 from ...core.body import Body
-from ...core.method import Method
 from ...methods.weight.full import Full
-from ..pieces import Piece, Slot, grouped
+from ..pieces import Held, Piece, grouped, one
 from ..places import owner_sites, whole_site
 from .config import Config
 from .family import PREFIX
 from .naming import covering, ends_in
 
-Held = Sequence[tuple[Method, Mapping[Any, dict[str, Tensor]]]]
+OUTER = "base_model."  # of what is stored beside a prompt, which has no module of PEFT's between
 
 
 def saved_modules(config: Config, body: Body) -> list[str]:
@@ -52,24 +49,26 @@ def in_front(config: Config, body: Body, keys: Collection[str], targets: Collect
         if names:
             param = "weight" if "weight" in module._parameters else names[0]
             site = whole_site(body, path, config.asked, param)
-            made.append((Full(only=names), [Slot(base + name, site, f"values.{name}") for name in names]))
+            made.append((Full(only=names), [one(base + name, site, f"values.{name}") for name in names]))
     return grouped(made)
 
 
-def behind(config: Config, body: Body) -> list[Piece]:
+def behind(config: Config, body: Body, prefix: str = PREFIX) -> list[Piece]:
     """The modules that are trained whole (modules_to_save)."""
     made = []
     for path in saved_modules(config, body):
         for site in owner_sites(body, path):
             owned = [name for name, p in site.module._parameters.items() if p is not None]
-            made.append((Full(), [Slot(f"{PREFIX}{site.path}.{name}", site, f"values.{name}") for name in owned]))
+            made.append((Full(), [one(f"{prefix}{site.path}.{name}", site, f"values.{name}") for name in owned]))
     return grouped(made)
 
 
 def config(held: Held, body: Body, targets: Collection[str], own: str) -> dict[str, Any]:
     """The fields that say what the adapter trains by `full`."""
-    whole = [place[0] for m, tensors in held if isinstance(m, Full) and not m.only for place in tensors]
-    some = {place[0] for m, tensors in held if isinstance(m, Full) and m.only == ("bias",) for place in tensors}
+    whole = [place[0] for m, tensors in held if isinstance(m, Full) and not m.only for place in tensors if place]
+    some = {
+        place[0] for m, tensors in held if isinstance(m, Full) and m.only == ("bias",) for place in tensors if place
+    }
     biased = {path for path, m in body.modules.items() if m._parameters.get("bias") is not None}
     kept = covering(whole, body)
     every = {path for path in biased if not any(ends_in(path, one) for one in kept)}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 from typing import Any, Protocol
-
-from torch import Tensor
 
 from ...core.body import Body
 from ...core.method import Method
-from ..pieces import Piece
+from ..pieces import Held, Piece
 from .config import Config
 
 PREFIX = "base_model.model."  # of every path in a file: PEFT's own two modules around the model
@@ -28,5 +26,5 @@ class Family(Protocol):
     def pieces(self, config: Config, body: Body, keys: Collection[str]) -> list[Piece]:
         """What a config says, for this backbone. keys: those of the file, for what the config leaves open."""
 
-    def config(self, held: Sequence[tuple[Method, Mapping[Any, dict[str, Tensor]]]], body: Body) -> dict[str, Any]:
-        """A config for these methods with their tensors by (module path, parameter)."""
+    def config(self, held: Held, body: Body) -> dict[str, Any]:
+        """A config for these methods with their tensors by spot."""

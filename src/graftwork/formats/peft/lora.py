@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,9 +16,9 @@ from ...core.site import Site
 from ...core.weight import is_conv1d
 from ...methods.weight.dora import DoRA
 from ...methods.weight.lora import LoRA
-from ..pieces import Piece, Slot, View, grouped, shaped
+from ..pieces import Held, Piece, Slot, View, expect, grouped, one, shaped
 from ..places import whole_site
-from . import extras
+from . import extras, tokens
 from .config import Config, ends, pattern, targets
 from .family import PREFIX
 from .naming import exact, named
@@ -57,7 +57,7 @@ class Lora:
         made = [self._module(config, body, path) for path in modules]
         made += self._parameters(config, body)
         front = extras.in_front(config, body, keys, modules, "lora_only")
-        return front + grouped(made) + extras.behind(config, body)
+        return [*front, *tokens.inside(config, body), *grouped(made), *extras.behind(config, body)]
 
     def _module(self, config: Config, body: Body, path: str) -> tuple[Method, list[Slot]]:
         site = whole_site(body, path, config.asked)
@@ -98,9 +98,9 @@ class Lora:
                 key = f"{PREFIX}{path}." + "base_layer." * depth
                 yield method, _factors(site, method.r, key)
 
-    def config(self, held: Sequence[tuple[Method, Mapping[Any, dict[str, Tensor]]]], body: Body) -> dict[str, Any]:
+    def config(self, held: Held, body: Body) -> dict[str, Any]:
         own = [(m, list(t)) for m, t in held if isinstance(m, LoRA | DoRA)]
-        places = [(m, place) for m, listed in own for place in listed]
+        places = [(m, place) for m, listed in own for place in listed if place is not None]
         dora = {isinstance(m, DoRA) for m, _ in own}
         if len(dora) > 1:
             raise GraftError(
@@ -126,6 +126,7 @@ class Lora:
             "rank_pattern": {exact(paths[place]): m.r for m, place in places if m.r != r},
             "alpha_pattern": {exact(paths[place]): _alpha(m) for m, place in places if _alpha(m) != alpha},
             **extras.config(held, body, modules, "lora_only"),
+            **tokens.config_inside(held),
         }
 
 
@@ -153,12 +154,10 @@ def _factors(site: Site, r: int, key: str) -> list[Slot]:
 
     def slot(there: str, name: str, stored: tuple[int, int], here: View, back: View) -> Slot:
         def read(t: Tensor) -> Tensor:
-            if tuple(t.shape) != stored:
-                raise ValueError(f"its shape is {list(t.shape)}, expected {list(stored)}")
-            made = here(t)
-            return (made.mT if turned else made).contiguous()
+            made = here(expect(t, stored))
+            return made.mT if turned else made
 
-        return Slot(f"{key}{there}.weight", site, name, read, lambda t: back(t.mT if turned else t).contiguous())
+        return one(f"{key}{there}.weight", site, name, read, lambda t: back(t.mT if turned else t))
 
     down, up = ("up", "down") if turned else ("down", "up")
     return [
