@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -12,9 +13,12 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import graftwork as gw
 from graftwork.core.errors import GraftError
+from graftwork.formats.adapterhub import AdapterHub
 
 HERE = Path(__file__).parent.parent / "fixtures" / "adapterhub"
 FILES = HERE / "files"
@@ -229,12 +233,10 @@ def test_dora_there_scales_the_bias_and_forgets_alpha_in_the_norm(case):
 
 def test_direft_there_is_stored_without_what_makes_it_one():
     """h + R^T (W h + b): its file is that of NoReFT, h + R^T (W h + b - R h), and so it is read, there as here."""
-    model, adapter, _ = loaded("bert/direft")
+    _, adapter, _ = loaded("bert/direft")
     assert adapter.methods[0].variant == "noreft"
     values = [{k: t.clone() for k, t in d.folded().items()} for d in adapter.deltas()]
     direft = backbone("bert")
-    import dataclasses
-
     made = gw.graft(direft, dataclasses.replace(adapter.methods[0], variant="direft"), head=False)
     for delta, tensors in zip(made.deltas(), values, strict=True):
         delta.restore(tensors)
@@ -435,3 +437,44 @@ def test_the_sum_that_pfeiffers_adapter_reads():
     by_hand = norm(z + F.relu(norm(z) @ delta.down.T + delta.down_bias) @ delta.up.T + delta.up_bias)
     with torch.no_grad():
         torch.testing.assert_close(backbones(z), by_hand)
+
+
+JUNK = st.sampled_from(
+    [None, True, 0, -1, 3, 1e9, 0.3, "", "q", "learned", [], [0], [None], {}, {"default": 0}, {"0": "x"}]
+)
+SOME = (
+    "bert/seq_bn",
+    "bert/compacter",
+    "bert/lora",
+    "bert/vera",
+    "bert/prefix_flat",
+    "bert/prefix",
+    "bert/loreft",
+    "bert/union",
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_mutated_files_are_refused_or_read(data, tmp_path_factory):
+    """Fields of the config with other values, tensors gone or of other shapes: never another error than ours."""
+    folder = tmp_path_factory.mktemp("mutated")
+    about, tensors = content(FILES / data.draw(st.sampled_from(SOME)))
+    inner = about["config"].get("configs", [about["config"]])[0]
+    for field in data.draw(st.lists(st.sampled_from(sorted(inner)), max_size=2)):
+        inner[field] = data.draw(JUNK)
+    for key in data.draw(st.lists(st.sampled_from(sorted(tensors)), max_size=2, unique=True)):
+        t = tensors.pop(key)
+        shapes = {"flat": t.flatten(), "half": t[: len(t) // 2].clone(), "one": t.sum(), "more": t[None].clone()}
+        change = data.draw(st.sampled_from(["gone", "name", *shapes]))
+        tensors |= {} if change == "gone" else {f"{key}.x": t} if change == "name" else {key: shapes[change]}
+    (folder / "adapter_config.json").write_text(json.dumps(about))
+    safetensors.torch.save_file({k: t.clone() for k, t in tensors.items()}, folder / "adapter.safetensors")
+    model = backbone("bert")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            gw.load(model, folder)
+        except GraftError:
+            assert gw.adapters(model) == {}
+    assert AdapterHub().recognises(folder)

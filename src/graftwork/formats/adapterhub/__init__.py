@@ -83,6 +83,12 @@ class AdapterHub:
         warned = tuple(dict.fromkeys((*warnings, *left)))
         return Stored(name, methods, by_site, labels, None, {self.name: metadata}, warned)
 
+    def backbone(self, folder: Path) -> tuple[str | None, str | None]:
+        about = read_json(folder / CONFIG)
+        found = [about.get(field) for field in ("model_name", "model_class")]
+        name, kind = (word if isinstance(word, str) and word else None for word in found)
+        return name, None if kind is None or kind.endswith("AdapterModel") else kind
+
     def write(self, adapter: Adapter, body: Body, folder: Path) -> None:
         asked = f"save {adapter.name!r} as {self.name!r}"
         names = Names(body, adapter.name)

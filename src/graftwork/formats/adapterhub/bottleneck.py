@@ -22,7 +22,8 @@ from ...core.method import Method
 from ...core.site import Site
 from ...methods.activation.bottleneck import Bottleneck
 from ..peft.config import Config
-from ..pieces import Slot
+from ..pieces import Slot, one
+from .defaults import BOTTLENECK, SCHEMES
 from .family import Held, Made, activation, left_out, named_activation
 from .names import Block, Names
 from .placement import FLAGS, located, place, scheme, widths
@@ -113,7 +114,7 @@ class Bottlenecks:
         starts = {init: there for there, (init, _) in STARTS.items()}
         scaling: float | str = {"scalar": "learned", "channel": "channel"}.get(first.scaling, float(first.scale))
         return {
-            **DEFAULTS,
+            **BOTTLENECK,
             **SCHEMES[kinds.pop()],
             **{flag: bool(numbers[which]) for which, flag in FLAGS.items()},
             "leave_out": [b.index for b in names.blocks if not any(b.index in found for found in numbers.values())],
@@ -163,7 +164,7 @@ def _slots(method: Bottleneck, site: Site, names: Names, layer: str) -> list[Slo
     pairs += [("up", "adapter_up.weight"), ("up_bias", "adapter_up.bias")]
     pairs += [(f"norm_{leaf}", f"{own}.{leaf}") for leaf in COPIED_NORM if own]
     pairs += [("scale", "scaling")] if method.scaling != "fixed" else []
-    return [Slot(names.at(layer, "adapters", there), site, here) for here, there in pairs]
+    return [one(names.at(layer, "adapters", there), site, here) for here, there in pairs]
 
 
 def _reduction(places: Sequence[tuple[Block, int]], names: Names) -> float | dict[str, float]:
@@ -173,40 +174,3 @@ def _reduction(places: Sequence[tuple[Block, int]], names: Names) -> float | dic
     common = Counter(factors.values()).most_common(1)[0][0]
     other = {str(i): f for i, f in factors.items() if f != common}
     return {**other, "default": common} if other else common
-
-
-DEFAULTS: dict[str, Any] = {
-    "original_ln_before": False,
-    "original_ln_after": True,
-    "residual_before_ln": True,
-    "adapter_residual_before_ln": False,
-    "is_parallel": False,
-    "use_gating": False,
-    "inv_adapter": None,
-    "inv_adapter_reduction_factor": None,
-    "init_weights_seed": None,
-    "phm_layer": False,
-    "phm_dim": 4,
-    "factorized_phm_W": True,
-    "shared_W_phm": False,
-    "shared_phm_rule": True,
-    "factorized_phm_rule": False,
-    "phm_c_init": "normal",
-    "phm_init_range": 0.0001,
-    "learn_phm": True,
-    "hypercomplex_nonlinearity": "glorot-uniform",
-    "phm_rank": 1,
-    "phm_bias": True,
-    "scaling": 1.0,
-    "dropout": 0.0,
-    "stochastic_depth": 0.0,
-    "ln_before": False,
-    "ln_after": False,
-    "init_weights": "bert",
-}
-SCHEMES: dict[str, dict[str, Any]] = {
-    "output": {},
-    "sum": {"original_ln_before": True},
-    "stream": {"original_ln_before": True, "residual_before_ln": False, "original_ln_after": False},
-    "parallel": {"is_parallel": True},
-}

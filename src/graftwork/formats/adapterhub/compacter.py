@@ -14,8 +14,8 @@ from ...core.method import Method
 from ...core.site import Site
 from ...methods.activation.compacter import PHM
 from ..peft.config import Config
-from ..pieces import Slot
-from .bottleneck import DEFAULTS, SCHEMES
+from ..pieces import Slot, one
+from .defaults import BOTTLENECK, SCHEMES
 from .family import Held, Made, activation, left_out, named_activation
 from .names import Names
 from .placement import FLAGS, located, place, scheme, widths
@@ -81,7 +81,7 @@ class Compacters:
         numbers = {which: {block.index for _, _, block, w, _ in places if w == which} for which in FLAGS}
         hidden, m = names.settings.hidden_size, first.width(held[0].sites[0])
         return {
-            **DEFAULTS,
+            **BOTTLENECK,
             **SCHEMES[places[0][-1]],
             **{flag: bool(numbers[which]) for which, flag in FLAGS.items()},
             "leave_out": [b.index for b in names.blocks if not any(b.index in found for found in numbers.values())],
@@ -106,7 +106,7 @@ class Compacters:
         exact = True
         for left in [key for key in tensors if key.endswith("phm_rule_left")]:
             a, b = tensors.pop(left), tensors.pop(left.replace("_left", "_right"), None)
-            if b is None or a.dim() != 3 or b.dim() != 3 or a.shape[2] != b.shape[1]:
+            if b is None or a.dim() != 3 or b.dim() != 3 or a.shape[2] != b.shape[1] or len(a) != len(b):
                 raise GraftError(
                     f"{config.asked}: {left!r}", "its other factor is missing or does not fit", "restore the file"
                 )
@@ -130,9 +130,9 @@ class Compacters:
 
 
 def _slots(method: PHM, site: Site, names: Names, layer: str) -> list[Slot]:
-    slots = [Slot(names.shared("phm_rule"), None, "rule.a")] if method.shared else []
+    slots = [one(names.shared("phm_rule"), None, "rule.a")] if method.shared else []
     for here, there in (("down", "adapter_down.0"), ("up", "adapter_up")):
         pairs = [("s", "W_left"), ("t", "W_right")] if method.rank else [("s", "W")]
         pairs += [("bias", "b")] + ([] if method.shared else [("own.a", "phm_rule")])
-        slots += [Slot(names.at(layer, "adapters", f"{there}.{leaf}"), site, f"{here}.{name}") for name, leaf in pairs]
+        slots += [one(names.at(layer, "adapters", f"{there}.{leaf}"), site, f"{here}.{name}") for name, leaf in pairs]
     return slots

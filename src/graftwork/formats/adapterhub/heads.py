@@ -14,7 +14,7 @@ from ...core.site import Site
 from ...methods.weight.full import Full
 from ..files import read_json, read_tensors
 from ..peft.config import Config
-from ..pieces import Slot
+from ..pieces import Slot, one
 from .names import Names
 
 CONFIG, SAFE, TORCH = "head_config.json", "model_head.safetensors", "pytorch_model_head.bin"
@@ -54,7 +54,7 @@ def pieces(config: Config, names: Names, tensors: Mapping[str, Tensor]) -> list[
         owned = [name for name, p in site.module._parameters.items() if p is not None]
         outputs = rows if site is sites[-1] else None
         made.append(
-            (Full(outputs=outputs), [Slot(f"{starts[site.key]}.{name}", site, f"values.{name}") for name in owned])
+            (Full(outputs=outputs), [one(f"{starts[site.key]}.{name}", site, f"values.{name}") for name in owned])
         )
     return made
 
@@ -97,5 +97,5 @@ def write(
     last = [t for name, t in values[sites[-1].key].items() if name.endswith("weight")]
     config = before if isinstance(before, dict) else head_config(names, labelled, len(last[0]))
     slots = [slot for _, listed in pieces(Config(config, "save"), names, {}) for slot in listed]
-    out = {s.key: values[s.site.key][s.name] for s in slots if s.site is not None and s.site.key in values}
+    out = {s.key: values[site.key][name] for s in slots for site, name in s.places if site and site.key in values}
     return config, {key: value.detach().to("cpu", copy=True).contiguous() for key, value in out.items()}

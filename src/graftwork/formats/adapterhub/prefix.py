@@ -16,7 +16,7 @@ from ...core.site import Site
 from ...methods.activation.nonlinear import ACTIVATIONS
 from ...methods.attention.prefix import Prefix, kind_of
 from ..peft.config import Config
-from ..pieces import Slot
+from ..pieces import Slot, one
 from .family import Held, Made, activation, left_out
 from .names import Names
 
@@ -52,12 +52,12 @@ class Prefixes:
             for i, site in enumerate(sites):
                 key = f"{_pool(names, group)}{i}."
                 if flat:
-                    made.append((method, [Slot(f"{key}keys", site, "keys"), Slot(f"{key}values", site, "values")]))
+                    made.append((method, [one(f"{key}keys", site, "keys"), one(f"{key}values", site, "values")]))
                     continue
-                slots = [Slot(f"{key}{there}", site, here) for here, there in OWN.items()]
+                slots = [one(f"{key}{there}", site, here) for here, there in OWN.items()]
                 home = kind_of(site).replace(".", "%2E")
                 slots += [
-                    Slot(f"{_pool(names, group)}{there}", None, f"{home}.{here}") for here, there in SHARED.items()
+                    one(f"{_pool(names, group)}{there}", None, f"{home}.{here}") for here, there in SHARED.items()
                 ]
                 made.append((method, slots))
         return made

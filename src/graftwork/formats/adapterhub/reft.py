@@ -17,7 +17,7 @@ from ...core.method import Method
 from ...core.site import Site
 from ...methods.activation.loreft import LoReFT
 from ..peft.config import Config
-from ..pieces import Slot
+from ..pieces import Slot, one
 from .family import Held, Made, activation, named_activation
 from .names import Names
 
@@ -131,7 +131,7 @@ def _slots(method: LoReFT, site: Site, names: Names, path: str, index: int, unit
     start = names.at(f"{path}.reft_layer", "refts", f"units.{unit}.")
     rotation = "rotation" if method.variant == "loreft" else "projection.weight"
     pairs = [("weight", "learned_source.weight"), ("bias", "learned_source.bias"), ("rotation", rotation)]
-    return [Slot(start + there, site, f"edits.{index}.{here}") for here, there in pairs]
+    return [one(start + there, site, f"edits.{index}.{here}") for here, there in pairs]
 
 
 def _rotation(original: Tensor, base: Tensor | None) -> Tensor:

@@ -115,16 +115,13 @@ def _keys(parts: Sequence[Held], names: Names) -> set[str]:
 
 def _values(piece: Piece, parts: Sequence[Held], family: Family) -> list[tuple[str, Tensor]]:
     """The numbers of a piece's slots, by their keys."""
-    out = []
-    for slot in piece.slots:
-        for one in parts:
-            if not family.claims(one.method):
-                continue
-            home = one.shared if slot.site is None else one.tensors.get(slot.site.key, {})
-            if slot.name in home and (slot.site is None or any(site.key == slot.site.key for site in one.sites)):
-                out.append((slot.key, slot.there(home[slot.name])))
-                break
-    return out
+    mine = [part for part in parts if family.claims(part.method)]
+    shared = {name: t for part in mine for name, t in part.shared.items()}
+    own = {(site.key, name): t for part in mine for site in part.sites for name, t in part.tensors[site.key].items()}
+    return [
+        (slot.key, slot.there([shared[name] if site is None else own[site.key, name] for site, name in slot.places]))
+        for slot in piece.slots
+    ]
 
 
 def _said(given: Sequence[tuple[Method, Site]], families: Sequence[Family]) -> dict[str, list[Method]]:
