@@ -478,3 +478,18 @@ def test_mutated_files_are_refused_or_read(data, tmp_path_factory):
         except GraftError:
             assert gw.adapters(model) == {}
     assert AdapterHub().recognises(folder)
+
+
+def test_dropout_of_a_whole_branch_keeps_its_mean():
+    """Each number of s (U g(D h)) is 0 or divided by 1 - p, in training only; the skip is untouched."""
+    model = backbone("bert")
+    adapter = gw.graft(model, gw.Bottleneck(d=4, init="bert", init_std=0.5, out_dropout=0.5, at="mlp"), head=False)
+    delta = next(iter(adapter.deltas()))
+    h = numbers("h", (4, 5, 16), 1.0)
+    with torch.no_grad():
+        whole = delta.eval().branch(h)
+        torch.manual_seed(0)
+        dropped = delta.train().branch(h)
+    kept = dropped != 0
+    assert 0.4 < kept.float().mean() < 0.6
+    torch.testing.assert_close(dropped[kept], 2 * whole[kept])
