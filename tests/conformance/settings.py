@@ -90,6 +90,8 @@ SETTINGS: dict[str, list[Setting]] = {
         Setting(
             {"d": 5, "position": "residual", "scaling": "channel", "norm": "before"}, "residual", True, hosts=PRE_NORM
         ),
+        Setting({"d": 5, "position": "sum", "at": "mlp"}, "sum", True, hosts=PRE_NORM),
+        Setting({"d": 5, "position": "sum", "at": "norm", "init": "bert"}, "sum at norms", False, hosts="bert"),
     ],
     "dora": [
         Setting({"r": 3}, exact=False, from_weight=True, refuses=""),
@@ -105,7 +107,10 @@ SETTINGS: dict[str, list[Setting]] = {
     "bitfit": [Setting(identity=True, refuses="linear_wide embedding experts llama t5")],
     "ln_tuning": [Setting(identity=True, refuses=LAYERS, from_weight=True)],
     "loreft": [Setting({"r": 2, "positions": "p2+s2"}, refuses=NOT_ACTIVATIONS)],
-    "phm": [Setting({"d": 8}, refuses=NOT_ACTIVATIONS)],
+    "phm": [
+        Setting({"d": 8}, refuses=NOT_ACTIVATIONS),
+        Setting({"d": 8, "position": "sum", "at": "mlp"}, "sum", False, hosts=PRE_NORM),
+    ],
     "prefix": [
         Setting({"length": 3, "mid": 8}, identity=False, refuses=NOT_ATTENTION),
         Setting({"length": 3, "reparam": "none"}, "plain", identity=False, hosts="bert llama t5"),

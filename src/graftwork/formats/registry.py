@@ -16,11 +16,12 @@ from ..store import load as load_own
 from ..store import save as save_own
 from ..store.atomic import DESCRIPTION
 from ..store.load import install
+from .adapterhub import AdapterHub
 from .format import Format
 from .peft import Peft
 
 OWN = "graftwork"
-FORMATS: dict[str, Format] = {form.name: form for form in (Peft(),)}
+FORMATS: dict[str, Format] = {form.name: form for form in (Peft(), AdapterHub())}
 
 
 @uncollected()
@@ -55,7 +56,7 @@ def save(model: nn.Module, name: str, folder: str | Path, resume: bool = False, 
 
     folder: made where it is missing; an adapter in it is replaced, other files stay.
     resume: keep all that training needs to go on (the unfolded form, the state of schedules), not only what is used.
-    format: "graftwork", or that of another library ("peft"), which must be able to hold exactly what the adapter computes.
+    format: "graftwork", or that of another library ("peft", "adapterhub"), which must be able to hold exactly what the adapter computes.
     Atomic: until the new files are whole on the disk, the old ones stay; after any failure they still do.
     Raises GraftError for an unknown adapter or format, values that are not finite or not here (meta device, sharded),
     metadata that JSON cannot hold, an adapter that the format cannot hold, and a folder that cannot be written.
