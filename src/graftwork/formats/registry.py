@@ -16,11 +16,12 @@ from ..store import load as load_own
 from ..store import save as save_own
 from ..store.atomic import DESCRIPTION
 from ..store.load import install
+from .diffusion import Diffusers, Kohya
 from .format import Format
 from .peft import Peft
 
 OWN = "graftwork"
-FORMATS: dict[str, Format] = {form.name: form for form in (Peft(),)}
+FORMATS: dict[str, Format] = {form.name: form for form in (Peft(), Kohya(), Diffusers())}
 
 
 @uncollected()
@@ -74,8 +75,8 @@ def save(model: nn.Module, name: str, folder: str | Path, resume: bool = False, 
 
 
 def recognise(folder: Path) -> Format | None:
-    """The format of the adapter in this folder; None for graftwork's own, and where no other claims it."""
-    if not folder.is_dir() or (folder / DESCRIPTION).is_file():
+    """The format of the adapter in this folder or file; None for graftwork's own, and where no other claims it."""
+    if not folder.exists() or (folder / DESCRIPTION).is_file():
         return None
     return next((form for form in FORMATS.values() if form.recognises(folder)), None)
 
