@@ -19,9 +19,10 @@ from ..store.load import install
 from .diffusion import Diffusers, Kohya
 from .format import Format
 from .peft import Peft
+from .pyreft import Pyreft
 
 OWN = "graftwork"
-FORMATS: dict[str, Format] = {form.name: form for form in (Peft(), Kohya(), Diffusers())}
+FORMATS: dict[str, Format] = {form.name: form for form in (Peft(), Kohya(), Diffusers(), Pyreft())}
 
 
 @uncollected()
