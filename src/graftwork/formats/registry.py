@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from torch import nn
@@ -19,9 +20,11 @@ from ..store.load import install
 from .diffusion import Diffusers, Kohya
 from .format import Format
 from .peft import Peft
+from .plain import plain_lora
 from .pyreft import Pyreft
 
 OWN = "graftwork"
+EXACT = 1e-5  # a relative error that float32 explains
 FORMATS: dict[str, Format] = {form.name: form for form in (Peft(), Kohya(), Diffusers(), Pyreft())}
 
 
@@ -52,24 +55,56 @@ def load(
     return install(model, body, form.read(place, body, partial), f"load {str(folder)!r}", name, trainable)
 
 
-def save(model: nn.Module, name: str, folder: str | Path, resume: bool = False, format: str = OWN) -> Path:
+def save(
+    model: nn.Module,
+    name: str,
+    folder: str | Path,
+    resume: bool = False,
+    format: str = OWN,
+    as_lora: bool = False,
+    rank: int | None = None,
+    energy: float | None = None,
+) -> Path:
     """Write the adapter `name` of `model` into `folder`: by default its tensors, adapter.json and README.md. Returns the folder.
 
-    folder: made where it is missing; an adapter in it is replaced, other files stay.
+    folder: made where it is missing; an adapter in it is replaced, other files stay. Of a format that is one file
+        (kohya, diffusers) it may be the path of that file, NAME.safetensors.
     resume: keep all that training needs to go on (the unfolded form, the state of schedules), not only what is used.
     format: "graftwork", or that of another library ("peft"), which must be able to hold exactly what the adapter computes.
+    as_lora: write the updates of the weights as plain LoRA, whatever the method: exact where they are of low rank, else the
+        best of a `rank`, or the best that keeps the share `energy` of their squared norm, with a warning of what is lost.
     Atomic: until the new files are whole on the disk, the old ones stay; after any failure they still do.
     Raises GraftError for an unknown adapter or format, values that are not finite or not here (meta device, sharded),
     metadata that JSON cannot hold, an adapter that the format cannot hold, and a folder that cannot be written.
     """
-    if format == OWN:
+    if not as_lora and (rank is not None or energy is not None):
+        raise GraftError(f"save {name!r} with rank={rank}, energy={energy}", "as_lora is not set", "set as_lora=True")
+    if format == OWN and not as_lora:
         return save_own(model, name, folder, resume)
-    form, adapter, place = by_name(format), find(model, name), Path(folder).expanduser()
-    if resume:
-        asked = f"save {name!r} with resume=True as {format!r}"
-        raise GraftError(asked, "only graftwork's own files hold the state of a training", "leave one of both out")
+    asked = f"save {name!r} as {format!r}"
+    if resume or format == OWN:
+        found = "graftwork's own files, and they alone, hold the adapter as it is, and the state of its training"
+        raise GraftError(f"{asked} with resume={resume}, as_lora={as_lora}", found, "leave one of them out")
+    by_name(format)
+    adapter = find(model, name)
+    if as_lora:
+        adapter, rows = plain_lora(model, name, rank, energy)
+        worst = max(rows, key=lambda row: row.error)
+        if worst.error > EXACT:
+            mean = sum(row.error for row in rows) / len(rows)
+            warnings.warn(
+                f"{asked}: as LoRA the updates are off by {mean:.2g} of their norm on average, {worst.error:.2g} at "
+                f"{worst.site}",
+                stacklevel=2,
+            )
+    return write(model, adapter, folder, format)
+
+
+def write(model: nn.Module, adapter: Adapter, folder: str | Path, format: str) -> Path:
+    """Write an adapter of this model's backbone, grafted on it or not, in the format of another library. Returns the folder."""
+    form, place = by_name(format), Path(folder).expanduser()
     if (place / DESCRIPTION).exists():
-        asked = f"save {name!r} as {format!r} into {str(folder)!r}"
+        asked = f"save {adapter.name!r} as {format!r} into {str(folder)!r}"
         raise GraftError(asked, "an adapter of graftwork is there, which would be read first", "choose another folder")
     form.write(adapter, body_of(model), place)
     return place
