@@ -24,6 +24,8 @@ HIDDEN = ".graftwork-"
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. GraftError for anything else, names that stand twice included."""
     asked = f"read {str(path)!r}"
+    if not path.is_file():
+        raise GraftError(asked, "no such file", "the folder is half-written: restore it")
     try:
         if path.stat().st_size > LONGEST_JSON:
             raise GraftError(asked, f"{path.stat().st_size:,} bytes", "a config has a few thousand: restore the file")

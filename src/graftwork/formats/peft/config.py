@@ -20,6 +20,7 @@ ABOUT = (
     "inference_mode",
 )
 OFF: tuple[Any, ...] = (None, False, {}, [], "", "none")
+LARGEST, LONGEST = 2**53, 300
 REPEATS = 4  # unbounded repeats in an expression of a file: each multiplies the time that a hostile one can take
 
 
@@ -41,6 +42,12 @@ class Config:
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             wanted = " or ".join(k.__name__ for k in kinds)
             raise self.error(f"{name!r} is {value!r}", f"expected {wanted}: restore the file")
+        return self.sane(name, value)
+
+    def sane(self, name: str, value: Any) -> Any:
+        """The value. GraftError for a number that is not finite, or a whole one beyond what a float can tell apart."""
+        if isinstance(value, int | float) and not abs(value) <= LARGEST:  # the words for NaN and infinity too
+            raise self.error(f"{name!r} is {value!r}", "no such number has a meaning here: restore the file")
         return value
 
     def names(self, name: str) -> list[str]:
@@ -65,7 +72,8 @@ class Config:
 
     def error(self, found: str, do: str) -> GraftError:
         """The error that reading this config ends in."""
-        return GraftError(f"{self.asked}: adapter_config.json", found, do)
+        short = found if len(found) <= LONGEST else f"{found[:LONGEST]} ..."
+        return GraftError(f"{self.asked}: adapter_config.json", short, do)
 
 
 def expression(text: str) -> re.Pattern[str] | None:
@@ -104,6 +112,18 @@ def targets(config: Config, body: Body, kept: Sequence[str] = ()) -> set[str]:
             if hit is None or int(hit[1]) not in layers:
                 continue
         found.add(path)
+    idle = (
+        [one for one in wanted if not any(ends(path, one) for path in body.modules)] if isinstance(wanted, list) else []
+    )
+    if wanted and not found:
+        name = type(body.modules[""]).__name__
+        raise config.error(
+            f"target_modules = {wanted!r} chooses no module of {name}", "load the backbone it was made for"
+        )
+    if idle:
+        config.warnings.append(
+            f"target_modules names {', '.join(map(repr, idle))}, which no module of the backbone is called"
+        )
     return found
 
 
@@ -140,5 +160,5 @@ def pattern(config: Config, name: str, path: str, default: Any) -> Any:
         if _compiled(config, name, rf"(.*\.)?({key})$").match(path):
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise config.error(f"{name}[{key!r}] = {value!r}", "expected a number: restore the file")
-            return value
+            return config.sane(f"{name}[{key!r}]", value)
     return default

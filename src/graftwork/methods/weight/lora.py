@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from graftwork.core.adapter import Part
@@ -90,4 +91,4 @@ class LowRank(WeightDelta):
 
     def linear(self, x: Tensor, base: Callable[[Tensor], Tensor], host: Host) -> Tensor:
         y = low_rank(x, base, host, self.down, self.up, self.scale, self.dropout if self.training else 0.0)
-        return y if self.shift is None else y.add_(self.shift.to(y.dtype), alpha=self.scale)
+        return y if self.shift is None else torch.add(y, self.shift.to(y.dtype), alpha=self.scale)
