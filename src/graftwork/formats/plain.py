@@ -108,16 +108,18 @@ def _shifts(chains: Chains, sites: Sequence[Site], body: Body, asked: str) -> di
         stored = body.modules[path]._parameters.get(name)
         if stored is not None and stored.dim() > 1:
             continue
+        new = _adapted(chain, name, stored)
+        if new is None:  # there was no bias, and is none
+            continue
         if (path, name) not in homes:
             what = "a bias whose weight is not" if "bias" in name else "a vector that is"
-            found = f"{path}.{name}, {what} adapted"
-            raise GraftError(asked, found, "LoRA holds updates of matrices, and shifts of their biases")
-        new = _adapted(chain, name, None if stored is None else stored.detach())
-        out[homes[path, name].key] = new if stored is None else new - stored.detach().double()
+            do = "LoRA holds updates of matrices, and shifts of their biases"
+            raise GraftError(asked, f"{path}.{name}, {what} adapted", do)
+        out[homes[path, name].key] = new if stored is None else new - stored.double()
     return out
 
 
-def _adapted(chain: Sequence[WeightDelta], name: str, value: Tensor | None) -> Tensor:
+def _adapted(chain: Sequence[WeightDelta], name: str, value: Tensor | None) -> Tensor | None:
     """What the chain makes of a parameter, in float64."""
     made = None if value is None else value.double()
     for delta in chain:
@@ -125,8 +127,7 @@ def _adapted(chain: Sequence[WeightDelta], name: str, value: Tensor | None) -> T
         for source in twin.sources():
             source.double()
         made = twin.adapted(name, made)
-    assert made is not None
-    return made.double()
+    return None if made is None else made.double()
 
 
 def _spectrum(site: Site, chain: Sequence[WeightDelta], stored: Tensor) -> Spectrum:
@@ -136,7 +137,9 @@ def _spectrum(site: Site, chain: Sequence[WeightDelta], stored: Tensor) -> Spect
         down, up = torch.cat([a for a, _ in known], dim=-2), torch.cat([b for _, b in known], dim=-1)
         return of_factors(site, down.double().cpu(), up.double().cpu())
     start = torch.zeros_like(stored) if all(delta.additive for delta in chain) else stored
-    return of_matrix(site, site.weight.dense(_adapted(chain, site.weight.name, start) - start.double()).cpu())
+    new = _adapted(chain, site.weight.name, start)
+    assert new is not None
+    return of_matrix(site, site.weight.dense(new - start.double()).cpu())
 
 
 def _made(
