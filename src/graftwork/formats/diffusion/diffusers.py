@@ -84,7 +84,7 @@ def _claims(names: Collection[str]) -> bool:
 def _modules(tensors: Mapping[str, Tensor]) -> dict[str, Keys]:
     """The keys of each module, by its name."""
     out: dict[str, dict[str, str]] = {}
-    for key in tensors:
+    for key in sorted(tensors):  # a file has no order
         if found := OLD.fullmatch(key):
             out.setdefault(f"{found[1]}.{found[2]}", {})[SIDES[found[3]]] = key
         elif found := NEW.fullmatch(key):

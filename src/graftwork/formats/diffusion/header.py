@@ -70,7 +70,11 @@ def module(
     if config is None or alpha is not None:
         return path, method_of(keys, tensors, alpha), keys
     default = config.take("lora_alpha", (int, float), 8)
-    alpha = float(pattern(config, "alpha_pattern", rest if component in said else name, default))
+    given = pattern(config, "alpha_pattern", rest if component in said else name, default)
+    try:
+        alpha = float(given)
+    except OverflowError:
+        raise config.error(f"an alpha of {str(given)[:20]}...", "restore the file") from None
     return path, method_of(keys, tensors, alpha, config.take("use_rslora", bool, False)), keys
 
 

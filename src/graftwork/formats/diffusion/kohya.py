@@ -101,7 +101,7 @@ def _claims(names: Collection[str]) -> bool:
 def _modules(tensors: Mapping[str, Tensor], asked: str) -> dict[str, Keys]:
     """The keys of each module, by its name. GraftError for those of another method."""
     out: dict[str, dict[str, str]] = {}
-    for key in tensors:
+    for key in sorted(tensors):  # a file has no order
         name, _, part = key.partition(".")
         other = next((method for start, method in OTHERS.items() if part.startswith(start)), None)
         if other is not None:

@@ -84,8 +84,9 @@ def read_alphas(found: Mapping[str, Keys], tensors: dict[str, Tensor], asked: st
     out: dict[str, float | None] = {}
     for name, keys in found.items():
         value = tensors.pop(keys["alpha"]) if "alpha" in keys else None
-        if value is not None and value.numel() != 1:
-            raise GraftError(f"{asked}: {keys['alpha']!r}", f"a tensor {list(value.shape)}", "expected one number")
+        if value is not None and (value.numel() != 1 or value.is_complex()):
+            found_there = f"{value.dtype} {list(value.shape)}"
+            raise GraftError(f"{asked}: {keys['alpha']!r}", found_there, "expected one real number")
         out[name] = float(value) or None if value is not None else None
     return out
 
@@ -96,8 +97,9 @@ def without_mid(found: Mapping[str, Keys], tensors: dict[str, Tensor], asked: st
         mid, down = tensors.get(keys.get("mid", "")), tensors.get(keys["down"])
         if mid is None or down is None:
             continue
-        if mid.dim() < 3 or mid.shape[1] != down.shape[0] or down.shape[2:].numel() != 1:
-            what = f"{list(mid.shape)} beside {list(down.shape)}"
+        fits = mid.dim() > 2 and down.dim() > 1 and mid.shape[1] == down.shape[0] and down.shape[2:].numel() == 1
+        if not (fits and mid.dtype == down.dtype and mid.is_floating_point()):
+            what = f"{mid.dtype} {list(mid.shape)} beside {down.dtype} {list(down.shape)}"
             raise GraftError(f"{asked}: {keys['mid']!r}", what, "expected [r, r, *kernel] beside [r, in, 1, 1]")
         tensors[keys["down"]] = torch.einsum("ab...,bi->ai...", mid, down.flatten(1))
         del tensors[keys["mid"]]

@@ -32,7 +32,7 @@ Ways = Callable[[str], Sequence[str]]  # how a format may write a path, the newe
 def located(
     found: Iterable[Named], body: Body, ways: Ways, mark: str, asked: str
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """(the path of each name that the backbone has, what stands in front of the paths in these names).
+    """(the path of each name that the backbone has, in its order; what stands in front of the paths in these names).
 
     mark: what stands between the words of a name. Words in front that the backbone lacks (a wrapper) are left out where all
     names of a component share them. The second has a key per child of the backbone, or "" for the backbone itself.
@@ -53,7 +53,8 @@ def located(
             paths[one.name], base, rest = hits[0]
             leads[base] = one.name.removesuffix(rest)
     _check_once(paths, asked)
-    return paths, leads
+    order = {path: i for i, path in enumerate(body.modules)}
+    return dict(sorted(paths.items(), key=lambda item: order[item[1]])), leads
 
 
 def _table(body: Body, base: str, ways: Ways) -> dict[str, list[str]]:

@@ -95,7 +95,7 @@ def _tensors(path: Path, one: Intervention, site: Site, asked: str) -> dict[str,
 def _method(here: list[Intervention], own: dict[str, Tensor], said: dict[str, Any], asked: str) -> LoReFT:
     """The method of one place: of one intervention there, or of two, the first positions' and the last positions'."""
     positions, act = said.get("position"), said.get("act_fn") or "none"
-    if not isinstance(positions, str) or act not in ACTIVATIONS:
+    if not (isinstance(positions, str) and isinstance(act, str) and act in ACTIVATIONS):
         found = f"position = {positions!r}, act_fn = {act!r}"
         raise GraftError(
             f"{asked}: {ARGUMENTS}", found, f"expected a text such as 'f1+l1', and {', '.join(ACTIVATIONS)}"

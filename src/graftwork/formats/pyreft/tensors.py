@@ -60,30 +60,30 @@ def plain(found: Mapping[str, Tensor], variant: str, d: int, asked: str) -> dict
             )
     if ORIGINAL in out and BASE in out and variant != "loreft":
         out["rotate_layer"] = _rotation(out.pop(ORIGINAL), out.pop(BASE), asked)
-    second = out.pop("proj_layer.bias", None) if variant in FREE else None
-    if second is not None and variant == "noreft" and "learned_source.bias" in out:
-        # R (h) is R h + c there: W h + b - (R h + c). NodiReFT never uses it
-        out["learned_source.bias"] = out["learned_source.bias"] - expect(
-            second, tuple(out["learned_source.bias"].shape)
-        )
+    second, own = out.pop("proj_layer.bias", None) if variant in FREE else None, out.get("learned_source.bias")
+    if second is not None and own is not None and variant == "noreft":  # W h + b - (R h + c); NodiReFT never uses its c
+        if second.shape != own.shape:
+            found_there = f"{list(second.shape)} beside {list(own.shape)}"
+            raise GraftError(f"{asked}: 'proj_layer.bias'", found_there, "restore the file")
+        out["learned_source.bias"] = own - second
     return out
 
 
 def _rotation(original: Tensor, base: Tensor, asked: str) -> Tensor:
     """R^T [d, r], computed as torch does."""
-    if original.dim() != 2 or tuple(base.shape) != (original.shape[0],) * 2 or original.shape[0] < original.shape[1]:
-        raise GraftError(
-            f"{asked}: {ORIGINAL}", f"{list(original.shape)} beside {list(base.shape)}", "restore the file"
-        )
-    layer = nn.Linear(1, 1, bias=False)
-    layer.weight = nn.Parameter(torch.empty_like(original))
+    square = original.dim() == 2 and tuple(base.shape) == (original.shape[0],) * 2
+    if not (square and original.shape[0] >= original.shape[1] and original.is_floating_point()):
+        found = f"{original.dtype} {list(original.shape)} beside {list(base.shape)}"
+        raise GraftError(f"{asked}: {ORIGINAL}", found, "restore the file")
+    layer, wide = nn.Linear(1, 1, bias=False), torch.promote_types(original.dtype, torch.float32)
+    layer.weight = nn.Parameter(torch.empty_like(original, dtype=wide))
     with torch.no_grad(), torch.random.fork_rng():
         nn.init.orthogonal_(layer.weight)
         parametrizations.orthogonal(layer)
         made = layer.parametrizations["weight"]  # type: ignore[index,union-attr]
         made.original.copy_(original)  # type: ignore[union-attr,operator]
         made[0].base.copy_(base)  # type: ignore[index,union-attr,operator]
-        return layer.weight.detach().clone()
+        return layer.weight.detach().to(original.dtype).clone()
 
 
 def file_of(tensors: Mapping[str, Tensor], variant: str, d: int) -> dict[str, Tensor]:
