@@ -28,6 +28,7 @@ from ..methods.weight.lora import LoRA
 from .places import whole_site
 from .spectrum import Spectrum, of_factors, of_matrix
 
+EXACT = 1e-5  # a relative error that the rounding of float32 explains
 Chains = dict[tuple[str, str], list[WeightDelta]]
 
 
@@ -74,6 +75,14 @@ def plain_lora(
             raise GraftError(asked, found, "say how much to keep: rank=16 (--rank 16) or energy=0.99 (--energy 0.99)")
     kept = [one.rank(rank, energy) for one in spectra]
     return _made(adapter, heads, spectra, kept, shifts, body)
+
+
+def in_words(rows: Sequence[Refactored]) -> str:
+    """What is lost, for a warning; the empty text where it is rounding only."""
+    worst, mean = max(rows, key=lambda row: row.error), sum(row.error for row in rows) / len(rows)
+    if worst.error <= EXACT:
+        return ""
+    return f"as LoRA the updates are off by {mean:.2g} of their norm on average, {worst.error:.2g} at {worst.site}"
 
 
 def _chains(parts: Sequence[Part], asked: str) -> Chains:

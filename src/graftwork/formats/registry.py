@@ -12,7 +12,7 @@ from ..core.body import uncollected
 from ..core.errors import GraftError, nearest
 from ..core.graft import find
 from ..core.install import check_free
-from ..core.root import body_of
+from ..core.root import body_of, root_of
 from ..store import load as load_own
 from ..store import save as save_own
 from ..store.atomic import DESCRIPTION
@@ -20,11 +20,10 @@ from ..store.load import install
 from .diffusion import Diffusers, Kohya
 from .format import Format
 from .peft import Peft
-from .plain import plain_lora
+from .plain import in_words, plain_lora
 from .pyreft import Pyreft
 
 OWN = "graftwork"
-EXACT = 1e-5  # a relative error that float32 explains
 FORMATS: dict[str, Format] = {form.name: form for form in (Peft(), Kohya(), Diffusers(), Pyreft())}
 
 
@@ -38,6 +37,7 @@ def load(
 ) -> Adapter:
     """Load the adapter in `folder`, of any known format, onto `model` and activate it.
 
+    folder: or the path of a .safetensors file, where the format is one file (kohya, diffusers).
     name: None takes the stored one, or the folder's name where the format stores none.
     trainable: its parameters receive gradients, so that training can go on (from a save with resume=True exactly).
     partial: leave out, with a warning that names them, what is missing or superfluous in a file of another library;
@@ -81,28 +81,25 @@ def save(
         raise GraftError(f"save {name!r} with rank={rank}, energy={energy}", "as_lora is not set", "set as_lora=True")
     if format == OWN and not as_lora:
         return save_own(model, name, folder, resume)
-    asked = f"save {name!r} as {format!r}"
     if resume or format == OWN:
         found = "graftwork's own files, and they alone, hold the adapter as it is, and the state of its training"
-        raise GraftError(f"{asked} with resume={resume}, as_lora={as_lora}", found, "leave one of them out")
+        asked = f"save {name!r} as {format!r} with resume={resume}, as_lora={as_lora}"
+        raise GraftError(asked, found, "leave one of them out")
     by_name(format)
     adapter = find(model, name)
     if as_lora:
         adapter, rows = plain_lora(model, name, rank, energy)
-        worst = max(rows, key=lambda row: row.error)
-        if worst.error > EXACT:
-            mean = sum(row.error for row in rows) / len(rows)
-            warnings.warn(
-                f"{asked}: as LoRA the updates are off by {mean:.2g} of their norm on average, {worst.error:.2g} at "
-                f"{worst.site}",
-                stacklevel=2,
-            )
+        if lost := in_words(rows):
+            warnings.warn(f"save {name!r} as {format!r}: {lost}", stacklevel=2)
     return write(model, adapter, folder, format)
 
 
 def write(model: nn.Module, adapter: Adapter, folder: str | Path, format: str) -> Path:
     """Write an adapter of this model's backbone, grafted on it or not, in the format of another library. Returns the folder."""
     form, place = by_name(format), Path(folder).expanduser()
+    if (merged := root_of(model).merged) is not None:
+        asked = f"save {adapter.name!r} as {format!r}"
+        raise GraftError(asked, f"{merged} is merged into the weights", "call gw.unmerge first")
     if (place / DESCRIPTION).exists():
         asked = f"save {adapter.name!r} as {format!r} into {str(folder)!r}"
         raise GraftError(asked, "an adapter of graftwork is there, which would be read first", "choose another folder")
