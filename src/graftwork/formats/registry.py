@@ -81,16 +81,19 @@ def save(
         raise GraftError(f"save {name!r} with rank={rank}, energy={energy}", "as_lora is not set", "set as_lora=True")
     if format == OWN and not as_lora:
         return save_own(model, name, folder, resume)
-    if resume or format == OWN:
-        found = "graftwork's own files, and they alone, hold the adapter as it is, and the state of its training"
-        asked = f"save {name!r} as {format!r} with resume={resume}, as_lora={as_lora}"
-        raise GraftError(asked, found, "leave one of them out")
+    asked = f"save {name!r} as {format!r}"
+    if format == OWN:
+        found = "graftwork's own files hold every method as it is"
+        raise GraftError(f"{asked} with as_lora=True", found, "leave as_lora out, or name another format")
+    if resume:
+        found = "only graftwork's own files hold the state of a training"
+        raise GraftError(f"{asked} with resume=True", found, "leave one of both out")
     by_name(format)
     adapter = find(model, name)
     if as_lora:
         adapter, rows = plain_lora(model, name, rank, energy)
         if lost := in_words(rows):
-            warnings.warn(f"save {name!r} as {format!r}: {lost}", stacklevel=2)
+            warnings.warn(f"{asked}: {lost}", stacklevel=2)
     return write(model, adapter, folder, format)
 
 
