@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import graftwork as gw
 from graftwork.core.root import is_grafted
 from graftwork.formats import plain_lora
+from graftwork.formats.spectrum import of_matrix
 
 from .peers import model, outputs, perturb, read_by_peer
 
@@ -216,3 +217,19 @@ def test_options_that_do_not_go_together(tmp_path: Path) -> None:
     gw.merge(m)
     with pytest.raises(gw.GraftError, match="unmerge"):
         gw.save(m, "a", tmp_path / "out", format="peft", as_lora=True)
+
+
+@pytest.mark.parametrize("shape", [(200, 300), (300, 200), (2, 160, 200)])
+@pytest.mark.parametrize("rank", [0, 3, 40, 150])
+def test_a_rank_found_by_probes_is_that_of_the_whole(shape: tuple[int, ...], rank: int) -> None:
+    *batch, out, into = shape
+    generator = torch.Generator().manual_seed(rank)
+    left, right = (torch.randn(*batch, n, rank, generator=generator, dtype=torch.float64) for n in (out, into))
+    dense = left @ right.mT
+    found = of_matrix(None, dense)  # type: ignore[arg-type]
+    assert found.needed == rank
+    assert (found.dense() - dense).norm() <= 1e-9 * (1 + dense.norm())
+    whole = torch.linalg.svdvals(dense)[..., :rank]
+    assert torch.allclose(found.s[..., :rank], whole)
+    noise = dense + 1e-4 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    assert of_matrix(None, noise).needed == min(out, into)  # type: ignore[arg-type]
