@@ -177,6 +177,31 @@ def test_half_precision(tmp_path: Path) -> None:
     assert {row.kept for row in rows} == {4} and max(row.error for row in rows) < 2**-7
 
 
+def test_every_method_that_can_be_merged_is_lora_or_refused(tmp_path: Path) -> None:
+    """Of a method that comes later, too."""
+    no_matrix = {"bitfit", "ln_tuning"}
+    at = {"ln_tuning": "norm", "trainable_tokens": "embed"}
+    for method in gw.methods(mergeable=True):
+        given = "tokens=[1, 5, 9], " if method == "trainable_tokens" else ""
+        m = grafted("biased", f"{method}({given}at='{at.get(method, 'q, down')}')")
+        if method in no_matrix:
+            with pytest.raises(gw.GraftError, match="as LoRA"):
+                plain_lora(m, "a", energy=1.0)
+            continue
+        gw.save(m, "a", tmp_path / method, format="peft", as_lora=True, energy=1.0)
+        close(outputs(read_by_peer("biased", tmp_path / method), "biased"), outputs(m, "biased"))
+
+
+def test_numbers_that_are_not_finite_and_weights_of_other_shapes(tmp_path: Path) -> None:
+    m = grafted("llama", "vera(r=3)")
+    next(iter(gw.adapters(m)["a"].parameters())).data.fill_(torch.nan)
+    with pytest.raises(gw.GraftError, match="not finite"):
+        plain_lora(m, "a")
+    m = grafted("llama", "full(outputs=50, at='lm_head')")
+    with pytest.raises(gw.GraftError, match="in the place of"):
+        plain_lora(m, "a")
+
+
 REFUSED = [
     ("llama", "bottleneck()", "bottleneck at model.layers.0.self_attn:attn changes activations"),
     ("llama", "prompt(length=3)", "prompt at model:entry changes activations"),

@@ -25,6 +25,7 @@ from ..core.root import body_of
 from ..core.site import Site
 from ..methods.weight.full import Full
 from ..methods.weight.lora import LoRA
+from ..store.save import checked
 from .places import whole_site
 from .spectrum import Spectrum, of_factors, of_matrix
 
@@ -61,13 +62,15 @@ def plain_lora(
     if (rank is not None and rank < 1) or (energy is not None and not 0 < energy <= 1):
         raise GraftError(asked, f"rank={rank}, energy={energy}", "give a rank of 1 or more, or an energy in (0, 1]")
     check_free(model, body)
+    for key, value in adapter.named_parameters():
+        checked(adapter, key, value)
     heads = [p for p in adapter.parts if isinstance(p.method, Full) and all(s.role == "head" for s in p.sites)]
     chains = _chains([part for part in adapter.parts if part not in heads], asked)
     updates = list(_updates(chains, body, asked))
     if not chains:
         raise GraftError(asked, "it adapts no weight", "LoRA holds updates of matrices")
     shifts = _shifts(chains, [site for site, _, _ in updates], body, asked)
-    spectra = [_spectrum(*update) for update in updates]
+    spectra = [_spectrum(*update, asked) for update in updates]
     for one in spectra if rank is None and energy is None else ():
         (out, into), needed = one.site.weight.shape[-2:], one.needed
         if not one.cheap and needed * (out + into) > out * into:
@@ -139,7 +142,7 @@ def _adapted(chain: Sequence[WeightDelta], name: str, value: Tensor | None) -> T
     return None if made is None else made.double()
 
 
-def _spectrum(site: Site, chain: Sequence[WeightDelta], stored: Tensor) -> Spectrum:
+def _spectrum(site: Site, chain: Sequence[WeightDelta], stored: Tensor, asked: str) -> Spectrum:
     pairs = [delta.factors() if delta.view.rows is None else None for delta in chain]
     known = [pair for pair in pairs if pair is not None]
     if len(known) == len(pairs):
@@ -148,6 +151,9 @@ def _spectrum(site: Site, chain: Sequence[WeightDelta], stored: Tensor) -> Spect
     start = torch.zeros_like(stored) if all(delta.additive for delta in chain) else stored
     new = _adapted(chain, site.weight.name, start)
     assert new is not None
+    if new.shape != start.shape:
+        found = f"{list(new.shape)} in the place of {list(start.shape)} at {site.key}"
+        raise GraftError(asked, found, "LoRA holds updates of matrices that keep their shape")
     return of_matrix(site, site.weight.dense(new - start.double()).cpu())
 
 

@@ -23,9 +23,8 @@ from ..places import whole_site
 
 Keys = Mapping[str, str]  # part of a module (down, up, mid, magnitude, shift, alpha) -> its key in the file
 Module = tuple[str, LoRA | DoRA, Keys]  # path, method, keys
-Magnitudes = Callable[
-    [int, tuple[int, ...]], tuple[int, ...]
-]  # the shape of DoRA's, from out and one 1 per axis of a kernel
+# the shape of DoRA's magnitudes, from out and a 1 for each axis of a kernel
+Magnitudes = Callable[[int, tuple[int, ...]], tuple[int, ...]]
 AXES = 5  # of the weight of a three-dimensional convolution
 
 
