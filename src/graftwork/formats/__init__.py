@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from .registry import by_name, load, recognise, save
+from .plain import Refactored, plain_lora
+from .registry import by_name, load, recognise, save, write
 
-__all__ = ["by_name", "load", "recognise", "save"]
+__all__ = ["Refactored", "by_name", "load", "plain_lora", "recognise", "save", "write"]

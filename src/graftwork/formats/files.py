@@ -73,6 +73,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a .safetensors file: its tensors' names, and under __metadata__ texts by name. GraftError for a damaged one."""
+    asked = f"read {str(path)!r}"
+    try:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
+            if length > min(path.stat().st_size - 8, LONGEST_JSON):
+                raise ValueError(f"truncated: its header needs {length:,} bytes, the file has {path.stat().st_size:,}")
+            return _object(file.read(length))
+    except OSError as error:
+        raise GraftError(asked, f"{error.strerror or error}", "make it readable") from error
+    except (ValueError, RecursionError) as error:
+        raise GraftError(asked, f"damaged: {error}", "restore the file") from error
+
+
 def _safetensors(path: Path) -> dict[str, Tensor]:
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8].ljust(8, b"\xff"))

@@ -11,7 +11,7 @@ from ..store.read import Stored
 
 
 class Format(Protocol):
-    """One way to keep adapters on disk.
+    """One way to keep adapters on disk: in a folder, or, of a format that is one file, also by the path of that file.
 
     Module paths in a file are matched to sites by the backbone's own paths (see `places.py`). What changes the mathematics
     and is not supported is refused by name, never ignored.
