@@ -35,6 +35,19 @@ class Net(nn.Module):
         return self.last(torch.tanh(self.mid(h)))
 
 
+class Heads(nn.Module):
+    """torch's own attention, whose projections are read and never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.attn = nn.Linear(6, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.last = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.last(h + self.attn(h, h, h, need_weights=False)[0])
+
+
 SMALL = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
 OPEN: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: transformers.LlamaForCausalLM(
@@ -91,6 +104,7 @@ OPEN: dict[str, Callable[[], nn.Module]] = {
         )
     ),
     "net": Net,
+    "heads": Heads,
 }
 
 
@@ -106,6 +120,8 @@ def inputs(name: str) -> dict[str, Tensor]:
     """A batch of three for the model of this name."""
     if name == "net":
         return {"pixels": _draw(3, 3, 8, 8), "ids": _ids(20)}
+    if name == "heads":
+        return {"x": _draw(3, 7, 6)}
     if name == "vit":
         return {"pixel_values": _draw(3, 3, 8, 8)}
     if name == "whisper":

@@ -33,7 +33,7 @@ SEEDS = (
     "adaption_prompt",
     "ln_tuning",
 )
-SECONDS = 20  # of one attempt: they take milliseconds, on a machine that does nothing else
+SECONDS = 5  # of the processor's time, for one attempt: they take milliseconds
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def _attempt(draw: Any, seeds: Any, hosts: Any) -> None:
         files = sorted(path for path in folder.iterdir() if path.suffix != ".md")
         path = draw(st.sampled_from(files))
         (_mutated_json if path.suffix == ".json" and draw(st.booleans()) else _mutated_bytes)(path, draw)
-        start = time.monotonic()
+        start = time.process_time()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -112,7 +112,7 @@ def _attempt(draw: Any, seeds: Any, hosts: Any) -> None:
                 assert not is_grafted(m)
             else:
                 gw.remove(m, "a")
-        assert time.monotonic() - start < SECONDS
+        assert time.process_time() - start < SECONDS
     assert [type(module) for module in m.modules()] == classes
     assert draw(st.integers(0, 9)) or outputs(m, name).equal(before)  # one time in ten: it costs more than all else
 

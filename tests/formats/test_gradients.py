@@ -18,8 +18,8 @@ import graftwork as gw
 from .peers import config_of, inputs, loaded, model, outputs, peer, read_by_peer, written
 from .test_peft import CASES, close, tensors_of
 
-# the peer trains a network that makes the rows, of which a file holds nothing
-FOLDED = ("p_tuning", "prefix_projection")
+# the peer trains a network that makes the rows, of which a file holds nothing; or sees half of a gradient (test_faults.py)
+OTHERS = ("p_tuning", "prefix_projection", "lora_heads")
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def _become_gradients(m: torch.nn.Module, name: str, parameters: Any) -> None:
             p.copy_(torch.zeros_like(p) if p.grad is None else p.grad)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in FOLDED])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in OTHERS])
 def test_gradients_are_the_peers(case: str, tmp_path: Path) -> None:
     name, config = CASES[case]
     theirs = peer(name, config)

@@ -148,10 +148,11 @@ def _taken(piece: Piece, tensors: Mapping[str, Tensor], asked: str) -> dict[str,
 
 
 Spot = tuple[str, str] | None  # (module path, parameter); None for what the sites share
+Part = tuple[Method, dict[Spot, dict[str, Tensor]]]
 Held = Sequence[tuple[Method, Mapping[Spot, Mapping[str, Tensor]]]]
 
 
-def held(adapter: Adapter) -> list[tuple[Method, dict[Spot, dict[str, Tensor]]]]:
+def held(adapter: Adapter) -> list[Part]:
     """What an adapter stores: its folded methods, each with its tensors by spot."""
     out = []
     for part in adapter.parts:

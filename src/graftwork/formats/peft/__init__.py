@@ -25,10 +25,11 @@ from ..pieces import Held, Spot, gather, held, spread
 from .about import about, origin
 from .adalora import AdaLora
 from .config import Config
+from .extras import valued
 from .family import PREFIX, Family
 from .ia3 import Ia3
 from .lora import Lora
-from .modules import LnTuning
+from .modules import Beft, LnTuning
 from .mutated import plain
 from .prompts import AdaptionPrompt, PrefixTuning, SoftPrompts
 from .tokens import Tokens
@@ -46,6 +47,7 @@ _ALL: tuple[Family, ...] = (
     PrefixTuning(),
     AdaptionPrompt(),
     Tokens(),
+    Beft(),
     LnTuning(),
 )
 FAMILIES = {family.peft_type: family for family in _ALL}
@@ -86,6 +88,7 @@ class Peft:
         if family is None:
             found = ", ".join(sorted({m.name for m, _ in parts}))
             raise GraftError(asked, f"PEFT has no method for {found}", "keep it in graftwork's own format")
+        parts = [(m, t) if family.claims(m) else valued(m, t, body) for m, t in parts]
         config, tensors = _saying(adapter, family, parts, body, asked)
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         write_files(folder, {TENSORS: safetensors.torch.save(tensors, {"format": "pt"}), CONFIG: text.encode()})
@@ -144,7 +147,11 @@ def _saying(
     if isinstance(before, dict):
         with contextlib.suppress(GraftError):
             return before, said(before)
-    data = {"peft_type": family.peft_type, **about(body), **family.config(parts, body)}
+    made = family.config(parts, body)
+    data = {"peft_type": family.peft_type, **about(body, bool(made.get("modules_to_save"))), **made}
+    if "num_virtual_tokens" in data and data["task_type"] is None:
+        found = "PEFT reads a prompt for a language model, or together with the head of a classifier"
+        raise GraftError(asked, found, "train the head with it, or keep it in graftwork's own format")
     return data, said(data)
 
 

@@ -14,6 +14,11 @@ TASKS = {
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
+HEADED = (
+    "SEQ_CLS",
+    "TOKEN_CLS",
+    "QUESTION_ANS",
+)  # PEFT takes the head from the file, for these, and fails where it is not in it
 OPENERS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -24,13 +29,14 @@ OPENERS = {
 }
 
 
-def about(body: Body) -> dict[str, Any]:
-    """base_model_name_or_path and task_type."""
+def about(body: Body, with_head: bool) -> dict[str, Any]:
+    """base_model_name_or_path and task_type.  with_head: whether the file holds whole modules."""
     model = body.modules[""]
     config = getattr(model, "config", None)
     task = next((task for end, task in TASKS.items() if type(model).__name__.endswith(end)), None)
     if type(model).__name__.endswith("ForConditionalGeneration") and getattr(config, "is_encoder_decoder", False):
         task = "SEQ_2_SEQ_LM" if getattr(model, "main_input_name", "") == "input_ids" else None
+    task = task if with_head or task not in HEADED else None
     name = getattr(config, "_name_or_path", "") or None
     return {"base_model_name_or_path": name, "task_type": task, "inference_mode": True}
 

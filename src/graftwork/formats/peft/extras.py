@@ -5,12 +5,18 @@ All of these are values that stand in the place of the backbone's: here the meth
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from ...core.body import Body
+from ...core.errors import GraftError
+from ...core.method import Method
+from ...methods.weight.bitfit import BitFit
 from ...methods.weight.full import Full
-from ..pieces import Held, Piece, grouped, one
+from ...methods.weight.ln_tuning import LNTuning
+from ..pieces import Held, Part, Piece, Spot, grouped, one
 from ..places import owner_sites, whole_site
 from .config import Config
 from .family import PREFIX
@@ -74,3 +80,20 @@ def config(held: Held, body: Body, targets: Collection[str], own: str) -> dict[s
     every = {path for path in biased if not any(ends_in(path, one) for one in kept)}
     bias = own if some and some == biased & set(targets) else "all" if some and some == every else "none"
     return {"bias": bias, "modules_to_save": kept or None}
+
+
+def valued(method: Method, tensors: Mapping[Spot, dict[str, Tensor]], body: Body) -> Part:
+    """A method that stores differences of vectors as one that stores their values; others as they are."""
+    if not isinstance(method, BitFit | LNTuning):
+        return method, dict(tensors)
+    out: dict[Spot, dict[str, Tensor]] = {}
+    names: set[str] = set()
+    for spot, by_name in tensors.items():
+        own = body.modules[spot[0]]._parameters if spot else {}
+        shifts = {name.removeprefix("shift."): t for name, t in by_name.items()}
+        if any(own.get(name) is None for name in shifts):
+            found = f"a bias at {spot}, where the backbone has none"
+            raise GraftError(f"write {method} as a PEFT adapter", found, "choose modules that have one")
+        names |= shifts.keys()
+        out[spot] = {f"values.{name}": own[name].detach() + t for name, t in shifts.items()}  # type: ignore[union-attr]
+    return Full(only=() if isinstance(method, LNTuning) else tuple(sorted(names))), out

@@ -30,8 +30,9 @@ class Ia3:
     def pieces(self, config: Config, body: Body, keys: Collection[str]) -> list[Piece]:
         config.inert("init_ia3_weights", "fan_in_fan_out")
         chosen = targets(config, body, extras.saved_modules(config, body))
-        fed = config.take("feedforward_modules", (list, str), [])
-        inputs = targets(Config({"target_modules": fed}, config.asked), body) if isinstance(fed, str) else None
+        fed = config.names("feedforward_modules")
+        whole = isinstance(config.data.get("feedforward_modules"), str)
+        inputs = targets(Config({"target_modules": fed[0]}, config.asked), body) if whole else None
         made = []
         for path in (path for path in body.modules if path in chosen):
             site = whole_site(body, path, config.asked)

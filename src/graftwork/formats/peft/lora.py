@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,15 +55,27 @@ class Lora:
         config.inert(*ABSENT, "loftq_config", "ensure_weight_tying", "fan_in_fan_out")
         whole = extras.saved_modules(config, body)
         modules = [path for path in body.modules if path in targets(config, body, whole)]
-        made = [self._module(config, body, path) for path in modules]
+        made = [pair for path in modules for pair in self._modules(config, body, path)]
         made += self._parameters(config, body)
         front = extras.in_front(config, body, keys, modules, "lora_only")
         return [*front, *tokens.inside(config, body), *grouped(made), *extras.behind(config, body)]
 
-    def _module(self, config: Config, body: Body, path: str) -> tuple[Method, list[Slot]]:
-        site = whole_site(body, path, config.asked)
+    def _modules(self, config: Config, body: Body, path: str) -> Iterator[tuple[Method, list[Slot]]]:
+        key = f"{PREFIX}{path}."
+        if not isinstance(body.modules[path], nn.MultiheadAttention):
+            yield self._module(config, path, whole_site(body, path, config.asked), key)
+            return
+        # PEFT adapts the packed projection and the output's together, and merges the latter twice for every pass
+        twice = f"{path}.out_proj: PEFT applies this update twice; here its alpha is doubled, so as to compute the same"
+        config.warnings.append(twice)
+        yield self._module(config, path, whole_site(body, path, config.asked, "in_proj_weight"), key)
+        out = whole_site(body, f"{path}.out_proj", config.asked)
+        method, slots = self._module(config, path, out, f"{key}base_layer.out_proj.")
+        yield replace(method, alpha=2 * float(_alpha(method))), slots
+
+    def _module(self, config: Config, path: str, site: Site, key: str) -> tuple[LoRA | DoRA, list[Slot]]:
         method = self._method(config, path, site)
-        w, r, key = site.weight, method.r, f"{PREFIX}{path}."
+        w, r = site.weight, method.r
         a, b = ("lora_embedding_A", "lora_embedding_B") if w.lookup else ("lora_A.weight", "lora_B.weight")
         kernel = _kernel(site, config)
         deep = (r, w.d_in // math.prod(kernel), *kernel)  # A is a convolution as the host is, B one of 1 x 1
@@ -110,6 +123,10 @@ class Lora:
         alphas = Counter(_alpha(m) for m, _ in places)
         r, alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
         first = own[0][0]
+        heads = {path for path, m in body.modules.items() if isinstance(m, nn.MultiheadAttention)}
+        places = [
+            (m, (path, param)) for m, (path, param) in places if path.removesuffix(".out_proj") not in heads - {path}
+        ]
         modules = [path for _, (path, param) in places if _is_module(body, path, param)]
         parameters = [f"{path}.{param}" for _, (path, param) in places if not _is_module(body, path, param)]
         paths = {place: place[0] if _is_module(body, *place) else ".".join(place) for _, place in places}
@@ -140,6 +157,9 @@ def _kernel(site: Site, config: Config) -> tuple[int, ...]:
             ", transposed" if module.transposed else ""
         )
         raise config.error(found, "PEFT's update of such a module is no change of its weight")
+    if module.padding_mode != "zeros":
+        found = f"{site.path}: PEFT's own pass pads the update with zeros, not with {module.padding_mode!r} as the module does"
+        config.warnings.append(f"{found}; here it is as PEFT merges it")
     return tuple(module.kernel_size)
 
 
@@ -174,6 +194,8 @@ def _factors(site: Site, r: int, key: str) -> list[Slot]:
 
 def _is_module(body: Body, path: str, param: str) -> bool:
     """Whether PEFT adapts the place as a module, not as a parameter."""
+    if isinstance(body.modules[path], nn.MultiheadAttention):
+        return param == "in_proj_weight"
     return param == "weight" and (isinstance(body.modules[path], MODULES) or is_conv1d(body.modules[path]))
 
 

@@ -44,11 +44,12 @@ class TrainableTokens(Method):
     mergeable = True
 
     def build(self, site: Site, part: Part) -> Rows | None:
+        tables = [s.exit for s in part.anatomy.of("entry")]
+        if site.role == "embed" and tables and not (site.weight.lookup and self.fed(site, part, tables)):
+            return None  # positions, or what turns patches into vectors
         w = site.weight
-        if not w.is_matrix or w.batch or not (w.lookup or w.linear):
-            if any(s.weight.lookup for s in part.sites):
-                return None  # "embed" also names what turns patches into vectors
-            found = f"{type(site.module).__name__}, which has no row for a token"
+        if not w.is_matrix or w.batch or site.rows is not None or not (w.lookup or w.linear):
+            found = f"{type(site.module).__name__}, or a part of it, which has no row for a token"
             raise GraftError(f"{self} at {site.key}", found, "choose an embedding or the output layer")
         size = w.d_in if w.lookup else w.d_out
         if not self.tokens or max(self.tokens) >= size:
@@ -56,11 +57,16 @@ class TrainableTokens(Method):
         first = next(s for s in part.sites if _tensor(s) is _tensor(site))
         return Rows(self, site, part.deltas.get(first.key))
 
+    def fed(self, site: Site, part: Part, tables: Sequence[str | None]) -> bool:
+        """Whether tokens enter the backbone through the site's tensor."""
+        inputs = [s for s in part.anatomy.of("embed") if s.path in tables]
+        return not inputs or any(_tensor(s) is _tensor(site) for s in inputs)
+
     def count(self, site: Site) -> int:
         return 0
 
     def count_shared(self, sites: Sequence[Site]) -> int:
-        distinct = {id(_tensor(s)): s.weight for s in sites if s.weight.lookup or s.weight.linear}
+        distinct = {id(_tensor(s)): s.weight for s in sites}
         return len(self.tokens) * sum(w.d_out if w.lookup else w.d_in for w in distinct.values())
 
 
@@ -72,25 +78,33 @@ class Rows(WeightDelta):
     """rows = V [n, d], where it is not that of an earlier site with the same tensor."""
 
     lasting = True
-    index: Tensor
 
     def __init__(self, method: TrainableTokens, site: Site, owner: Any) -> None:
         super().__init__()
-        stored = _tensor(site)
+        stored, w = _tensor(site), site.weight
         assert stored is not None
-        device = None if stored.is_meta else stored.device
-        self.register_buffer("index", torch.tensor(method.tokens, device=device or "cpu"), persistent=False)
-        self.axis = -1 if site.weight.lookup else -2
+        self.tokens, self.lookup = list(method.tokens), w.lookup
         self._owner = () if owner is None else (owner,)  # in a tuple: the rows are stored where they were first
         if owner is None:
-            with torch.no_grad():
-                chosen = stored.detach() if stored.is_meta else stored.detach()[self.index]
-                shape = (len(method.tokens), stored.shape[1])
-                self.rows = parameter(shape, values(chosen), stored)
+            dense = w.dense(stored.detach())
+            rows = (dense.mT if w.lookup else dense)[self.tokens]
+            self.rows = parameter(tuple(rows.shape), values(rows), stored)
 
     def weight(self, w: Tensor) -> Tensor:
+        return self._put(w, columns=self.lookup)
+
+    def adapted(self, name: str, stored: Tensor | None) -> Tensor | None:
+        """In the layout it is stored in: a vocabulary that has grown since has other rows, and these stay where they are."""
+        return (
+            stored
+            if stored is None
+            else self._put(stored, columns=self.view.layout == "transposed" and not self.lookup)
+        )
+
+    def _put(self, w: Tensor, columns: bool) -> Tensor:
+        index = torch.tensor(self.tokens, device=w.device)
         rows = (self._owner[0] if self._owner else self).rows.to(w.dtype)
-        return w.index_copy(self.axis, self.index, rows.mT if self.axis == -1 else rows)
+        return w.index_copy(1, index, rows.mT) if columns else w.index_copy(0, index, rows)
 
     def sources(self) -> Iterator[nn.Module]:
         yield from (self, *self._owner)
