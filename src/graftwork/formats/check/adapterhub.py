@@ -17,7 +17,8 @@ from ..peft.config import OFF
 from .report import Said, tell
 
 CONFIG, SAFE, TORCH = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
-HEAD, HEADS = "head_config.json", ("pytorch_model_head.bin", "model_head.safetensors")
+HEAD, HEADS = "head_config.json", ("model_head.safetensors", "pytorch_model_head.bin")
+FILES = ((SAFE, TORCH), HEADS)
 # the lists of modules that hold each kind of adapter; what all layers share, and heads, belong to every kind
 LISTS = {
     "bottleneck": ("adapters", "invertible_adapters"),
@@ -32,6 +33,9 @@ ALWAYS = ("shared_parameters", "heads")
 def said(folder: Path, tensors: Mapping[str, Tensor]) -> Said:
     """The architecture and the options that are on; tensors of other names and kinds."""
     made = Said()
+    if not (folder / CONFIG).is_file():
+        made.problems.append("a composition of several adapters: those in its folders load one by one")
+        return made
     about = read_json(folder / CONFIG)
     name, inner = about.get("name"), about.get("config")
     if not isinstance(name, str) or not isinstance(inner, dict):
@@ -48,7 +52,8 @@ def said(folder: Path, tensors: Mapping[str, Tensor]) -> Said:
         made.ignored += [other] if other else []
     if (folder / HEAD).is_file() and not any((folder / one).is_file() for one in HEADS):
         made.ignored.append(f"{HEAD}: the head's tensors are missing")
-    _keys(made, name, {word for kind in kinds for word in LISTS.get(kind, ())}, set(kinds) <= LISTS.keys(), tensors)
+    lists = {word for kind in kinds for word in LISTS.get(kind, ())} if set(kinds) <= LISTS.keys() else None
+    _keys(made, name, (folder / HEAD).is_file(), lists, tensors)
     version = about.get("version")
     old = isinstance(version, str) and re.match(r"adapters\.(0\.|1\.0\.)", version) is not None
     if old and any(one.get("architecture") == "lora" and one.get("r") != one.get("alpha") for one in configs):
@@ -56,12 +61,12 @@ def said(folder: Path, tensors: Mapping[str, Tensor]) -> Said:
     return made
 
 
-def _keys(made: Said, name: str, lists: set[str], known: bool, tensors: Mapping[str, Tensor]) -> None:
+def _keys(made: Said, name: str, headed: bool, lists: set[str] | None, tensors: Mapping[str, Tensor]) -> None:
     inside = re.compile(rf".*?(\w+)\.{re.escape(name)}\..*")
     found = {key: inside.fullmatch(key) for key in tensors}
-    head = [key for key, m in found.items() if m is None and not key.startswith("heads.")]
-    tell(made.ignored, f"not under the name {name!r}", head)
-    others = [key for key, m in found.items() if m is not None and known and not _own(m[1], lists)]
+    bare = [key for key, m in found.items() if m is None]
+    tell(made.ignored, f"not under the name {name!r}", [] if headed else bare)
+    others = [key for key, m in found.items() if m is not None and lists is not None and not _own(m[1], lists)]
     tell(made.ignored, "of a kind that the config does not build", others)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,12 +22,13 @@ from . import adapterhub, own, peft
 from .report import Report, Said, tell
 
 Tensors = Mapping[str, Tensor]
-# what the files of a format say, in words
+# what the files of a format say, in words; and which of them hold its tensors: of each group the first that is there
 DESCRIBED: dict[str, Callable[[Path, Tensors], Said]] = {
     OWN: own.said,
     "peft": peft.said,
     "adapterhub": adapterhub.said,
 }
+FILES = {OWN: own.FILES, "peft": peft.FILES, "adapterhub": adapterhub.FILES}
 
 
 def check(where: str | Path, model: nn.Module | None = None) -> Report:
@@ -75,14 +77,12 @@ def _look(report: Report, path: Path) -> None:
         problems.append("no adapter of a format that graftwork knows")
         return
     try:
-        if form is not None:
-            report.backbone, report.model = form.backbone(path)
         before, report.said = report.said, DESCRIBED.get(report.format, _nothing)(path, tensors)
         report.said.problems[:0] = before.problems
     except GraftError as error:
         problems.append(error.found)
-    if form is None:
-        report.backbone, report.model = own.backbone(path)
+    with contextlib.suppress(GraftError):  # what is wrong with the config is said already
+        report.backbone, report.model = own.backbone(path) if form is None else form.backbone(path)
     if report.said.of:
         report.share = report.parameters / report.said.of
 
@@ -92,11 +92,13 @@ def _nothing(path: Path, tensors: Tensors) -> Said:
 
 
 def _tensors(report: Report, files: list[Path]) -> dict[str, Tensor]:
-    """The tensors of all safetensors, or where there are none of the pickles, by torch.load(weights_only=True)."""
-    chosen = [p for p in files if p.suffix == ".safetensors"]
-    chosen = chosen or [
-        p for p in files if p.suffix in PICKLES and not p.name.startswith(("training_args", "optimizer"))
-    ]
+    """The tensors of the format's files, pickles by torch.load(weights_only=True); of every file where none is known."""
+    by_name = {p.name: p for p in files}
+    if report.format in FILES:
+        there = ([by_name[name] for name in group if name in by_name] for group in FILES[report.format])
+        chosen = [paths[0] for paths in there if paths]
+    else:
+        chosen = [p for p in files if p.suffix == ".safetensors" or p.suffix in PICKLES]
     found: dict[str, Tensor] = {}
     for path in chosen:
         try:

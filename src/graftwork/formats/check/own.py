@@ -8,10 +8,12 @@ from pathlib import Path
 from torch import Tensor
 
 from ...core.errors import GraftError
-from ...store.atomic import DESCRIPTION
+from ...store.atomic import DESCRIPTION, TENSORS
 from ...store.read import read
 from ..files import read_json
 from .report import Said
+
+FILES = ((TENSORS,),)
 
 
 def said(folder: Path, tensors: Mapping[str, Tensor]) -> Said:

@@ -21,6 +21,7 @@ from ..peft.family import PREFIX
 from ..peft.lora import ABSENT
 from .report import Said, tell
 
+FILES = ((TENSORS, PICKLE),)
 # names of PEFT's tensors by the type of its config, behind the path of the module
 NAMES = {
     "LORA": ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "token_adapter"),
@@ -59,7 +60,7 @@ def said(folder: Path, tensors: Mapping[str, Tensor]) -> Said:
     kind = config.data.get("peft_type")
     made.methods = [str(kind)]
     made.options = {k: v for k, v in config.data.items() if k not in (*ABOUT, *ABSENT) and v not in OFF}
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         made.problems.append(
             f"peft_type = {kind!r}{nearest(str(kind), FAMILIES)}: graftwork reads {', '.join(FAMILIES)}"
         )
