@@ -103,6 +103,18 @@ OPEN: dict[str, Callable[[], nn.Module]] = {
             vocab_size=48, num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2, **SMALL
         )
     ),
+    "gpt_oss": lambda: transformers.GptOssForCausalLM(
+        transformers.GptOssConfig(
+            vocab_size=48,
+            head_dim=8,
+            num_key_value_heads=2,
+            num_local_experts=3,
+            num_experts_per_tok=2,
+            pad_token_id=0,
+            layer_types=["full_attention", "full_attention"],
+            **SMALL,
+        )
+    ),
     "net": Net,
     "heads": Heads,
 }
@@ -159,13 +171,14 @@ def perturb(parameters: Any, seed: int = 1) -> None:
             p.add_(torch.randn(p.shape, generator=generator) * 0.1)
 
 
-def peer(name: str, config: Any) -> nn.Module:
-    """The model with a perturbed adapter of the peer's."""
+def peer(name: str, config: Any, moved: bool = True) -> nn.Module:
+    """The model with an adapter of the peer's.  moved: away from its initial values."""
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
         torch.manual_seed(3)
         made = peft.get_peft_model(model(name), copy.deepcopy(config)).eval()
-    perturb(made.parameters())
+    if moved:
+        perturb(made.parameters())
     return made
 
 

@@ -318,9 +318,21 @@ def test_formats_by_name(folder: Path, tmp_path: Path) -> None:
             gw.save(m, "a", tmp_path / "x", format=format)
     with pytest.raises(gw.GraftError, match="state of a training"):
         gw.save(m, "a", tmp_path / "x", format="peft", resume=True)
+    gw.merge(m)
+    with pytest.raises(gw.GraftError, match="unmerge"):
+        gw.save(m, "a", tmp_path / "x", format="peft")
+    gw.unmerge(m)
     gw.save(m, "a", tmp_path / "own")
     with pytest.raises(gw.GraftError, match="read first"):
         gw.save(m, "a", tmp_path / "own", format="peft")
+    assert not (tmp_path / "x").exists()
+
+
+def test_values_that_no_file_can_hold(folder: Path, tmp_path: Path) -> None:
+    m = loaded("llama", folder)
+    next(gw.adapters(m)["a"].parameters()).data[0, 0] = float("nan")
+    with pytest.raises(gw.GraftError, match="diverged"):
+        gw.save(m, "a", tmp_path / "x", format="peft")
     assert not (tmp_path / "x").exists()
 
 

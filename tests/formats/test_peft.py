@@ -24,7 +24,7 @@ from peft import (
 
 import graftwork as gw
 
-from .peers import config_of, inputs, loaded, model, outputs, peer, read_by_peer, written
+from .peers import config_of, inputs, loaded, model, outputs, peer, perturb, read_by_peer, written
 
 TOKENS = [1, *inputs("llama")["input_ids"][0, :2].tolist()]
 CAUSAL = {"task_type": "CAUSAL_LM"}
@@ -82,6 +82,10 @@ CASES: dict[str, tuple[str, Any]] = {
             target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
             rank_pattern={"experts.down_proj": 3},
         ),
+    ),
+    "lora_experts_turned": (
+        "gpt_oss",
+        LoraConfig(r=2, target_modules=["o_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
     ),
     "lora_heads": ("heads", LoraConfig(r=2, target_modules=["attn", "first"])),
     "dora": ("llama", LoraConfig(r=4, target_modules="all-linear", use_dora=True, **CAUSAL)),
@@ -169,6 +173,18 @@ def test_theirs_computes_the_same_here(case: str, peers: Any) -> None:
     close(outputs(loaded(name, folder), name), theirs)
 
 
+@pytest.mark.parametrize(
+    "case", ["lora_bias_all", "lora_bias_only", "lora_conv1d", "lora_saved", "lora_tokens_tied", "ln_tuning"]
+)
+def test_an_adapter_that_was_never_trained_is_the_backbone(case: str, tmp_path: Path) -> None:
+    """What it holds beside the method equals the backbone's own numbers, and is still expected."""
+    name, config = CASES[case]
+    m = loaded(name, written(peer(name, config, moved=False), tmp_path / "theirs"))
+    assert outputs(m, name).equal(outputs(model(name), name))
+    gw.save(m, "a", tmp_path / "back", format="peft")
+    close(outputs(read_by_peer(name, tmp_path / "back"), name), outputs(m, name))
+
+
 @cases
 def test_there_and_back_is_the_same_file(case: str, peers: Any, tmp_path: Path) -> None:
     name, folder, theirs = peers(case)
@@ -243,3 +259,81 @@ def test_a_random_start_is_taken_for_the_exact_one(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="random approximation"):
         m = loaded("llama", tmp_path)
     assert (outputs(m, "llama") - outputs(theirs, "llama")).abs().max() < 1e-3
+
+
+def test_transformers_reads_what_is_written(peers: Any, tmp_path: Path) -> None:
+    name, folder, theirs = peers("lora_patterns")
+    m = loaded(name, folder)
+    gw.adapters(m)["a"].metadata.clear()
+    gw.save(m, "a", tmp_path, format="peft")
+    host = model(name)
+    host.load_adapter(str(tmp_path))
+    close(outputs(host, name), theirs)
+
+
+def test_methods_of_differences_are_written_as_values(tmp_path: Path) -> None:
+    """BitFit beside LoRA is PEFT's bias="all"; LN tuning keeps differences here and values there."""
+    for name, methods, kind in (
+        ("biased", [gw.LoRA(r=2), gw.BitFit(at="any")], "LORA"),
+        ("llama", [gw.LNTuning()], "LN_TUNING"),
+        ("biased", [gw.BitFit(at="q, up")], "BEFT"),
+        ("llama", [gw.Full(at="norm")], "LN_TUNING"),
+    ):
+        m = model(name)
+        perturb(gw.graft(m, methods, "a", head=False, seed=0).parameters())
+        folder = gw.save(m, "a", tmp_path / kind, format="peft")
+        assert config_of(folder)["peft_type"] == kind
+        close(outputs(read_by_peer(name, folder), name), outputs(m, name))
+        close(outputs(loaded(name, folder), name), outputs(m, name))
+    assert config_of(tmp_path / "LORA")["bias"] == "all"
+
+
+def test_short_names_where_they_are_enough(tmp_path: Path) -> None:
+    """Engines that serve adapters read the last words of module paths; rank_pattern names one module each."""
+    m = model("llama")
+    gw.graft(m, gw.LoRA(r=2, at="q, down"), "a", head=False)
+    gw.graft(m, gw.LoRA(r=2, at="q", layers="1"), "b", head=False)
+    gw.graft(m, [gw.LoRA(r=2, at="q"), gw.LoRA(r=3, at="v", layers="0")], "c", head=False)
+    a, b, c = (config_of(gw.save(m, name, tmp_path / name, format="peft")) for name in "abc")
+    assert a["target_modules"] == ["down_proj", "q_proj"] and a["task_type"] == "CAUSAL_LM"
+    assert b["target_modules"] == ["model.layers.1.self_attn.q_proj"]
+    assert c["rank_pattern"] == {r"^model\.layers\.0\.self_attn\.v_proj": 3}
+
+
+def test_a_reparameterised_prefix_is_written_folded(tmp_path: Path) -> None:
+    m = model("llama")
+    perturb(gw.graft(m, gw.Prefix(length=3, reparam="mlp", mid=8, at="attn, entry"), "a").parameters())
+    gw.save(m, "a", tmp_path, format="peft")
+    close(outputs(read_by_peer("llama", tmp_path), "llama"), outputs(m, "llama"))
+
+
+def test_an_embedding_that_grew_comes_with_the_adapter(tmp_path: Path) -> None:
+    """PEFT stores the whole matrix beside its LoRA; where it is not the backbone's, it stands in for it."""
+    theirs = peer("llama", LoraConfig(r=2, target_modules=["embed_tokens"]))
+    with torch.no_grad():
+        theirs.base_model.model.model.embed_tokens.base_layer.weight[5:9] += 1
+    written(theirs, tmp_path / "theirs")
+    m, bare = loaded("llama", tmp_path / "theirs"), outputs(model("llama"), "llama")
+    close(outputs(m, "llama"), outputs(theirs, "llama"))
+    assert [method.name for method in gw.adapters(m)["a"].methods] == ["full", "lora"]
+    gw.save(m, "a", tmp_path / "back", format="peft")
+    close(outputs(read_by_peer("llama", tmp_path / "back"), "llama"), outputs(theirs, "llama"))
+    gw.remove(m, "a")
+    assert outputs(m, "llama").equal(bare)
+
+
+def test_pruned_triplets_of_adalora(tmp_path: Path) -> None:
+    theirs = peer(*CASES["adalora"])
+    theirs.peft_config["default"].rank_pattern = {
+        f"model.layers.{i}.self_attn.{n}_proj.lora_E": [bool(i), True, n == "q", False] for i in (0, 1) for n in "qv"
+    }
+    theirs.base_model.rankallocator.mask_using_rank_pattern(
+        theirs, {f"base_model.model.{k}": v for k, v in theirs.peft_config["default"].rank_pattern.items()}
+    )
+    written(theirs, tmp_path / "theirs")
+    m = loaded("llama", tmp_path / "theirs")
+    close(outputs(m, "llama"), outputs(theirs, "llama"))
+    assert sorted({d.values.shape[-1] for d in gw.adapters(m)["a"].deltas()}) == [1, 2, 3]
+    gw.adapters(m)["a"].metadata.clear()
+    gw.save(m, "a", tmp_path / "ours", format="peft")
+    close(outputs(read_by_peer("llama", tmp_path / "ours"), "llama"), outputs(theirs, "llama"))

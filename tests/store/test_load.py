@@ -213,9 +213,9 @@ def test_a_pickle_under_the_name_of_the_tensors(tmp_path: Path):
     assert not (tmp_path / "mark").exists()
 
 
-def test_an_adapter_of_peft(tmp_path: Path):
+def test_a_config_of_no_library_that_is_known(tmp_path: Path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    refused(tmp_path, "HF PEFT")
+    refused(tmp_path, r"adapter_config\.json", r"docs/formats\.md")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.3, 0.7, 0.999])

@@ -17,6 +17,7 @@ from ..core.method import Method
 from ..core.site import Site
 from ..store.keys import SHARED
 from ..store.read import StoredMethod
+from ..store.save import checked
 
 SHOWN = 20  # keys that an error lists of each kind
 View = Callable[[Tensor], Tensor]
@@ -153,18 +154,22 @@ Held = Sequence[tuple[Method, Mapping[Spot, Mapping[str, Tensor]]]]
 
 
 def held(adapter: Adapter) -> list[Part]:
-    """What an adapter stores: its folded methods, each with its tensors by spot."""
+    """What an adapter stores: its folded methods, each with its tensors by spot. GraftError for what no file can hold."""
     out = []
     for part in adapter.parts:
         method, per_site, shared = part.method.fold(part)
-        tensors: dict[Spot, dict[str, Tensor]] = {None: shared} if shared else {}
+        tensors: dict[Spot, dict[str, Tensor]] = {None: _checked(adapter, shared)} if shared else {}
         for site in part.sites:
             if site.rows is not None:
                 found = f"{method} at {site.key}, a slice of a packed weight"
                 raise GraftError(f"write {adapter.name!r} for another library", found, "graft the whole weight (qkv)")
-            tensors[site.path, site.param] = per_site[site.key]
+            tensors[site.path, site.param] = _checked(adapter, per_site[site.key])
         out.append((method, tensors))
     return out
+
+
+def _checked(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: checked(adapter, name, value) for name, value in tensors.items()}
 
 
 def spread(pieces: Sequence[Piece], parts: Held, asked: str) -> dict[str, Tensor]:

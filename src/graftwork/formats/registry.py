@@ -12,7 +12,7 @@ from ..core.body import uncollected
 from ..core.errors import GraftError, nearest
 from ..core.graft import find
 from ..core.install import check_free
-from ..core.root import body_of
+from ..core.root import body_of, root_of
 from ..store import load as load_own
 from ..store import save as save_own
 from ..store.atomic import DESCRIPTION
@@ -77,6 +77,10 @@ def save(model: nn.Module, name: str, folder: str | Path, resume: bool = False, 
     if resume:
         asked = f"save {name!r} with resume=True as {format!r}"
         raise GraftError(asked, "only graftwork's own files hold the state of a training", "leave one of both out")
+    if (merged := root_of(model).merged) is not None:
+        raise GraftError(
+            f"save {name!r} as {format!r}", f"{merged} is merged into the weights", "call gw.unmerge first"
+        )
     if (place / DESCRIPTION).exists():
         asked = f"save {name!r} as {format!r} into {str(folder)!r}"
         raise GraftError(asked, "an adapter of graftwork is there, which would be read first", "choose another folder")

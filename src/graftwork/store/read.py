@@ -105,7 +105,10 @@ def _refuse_others(folder: Path, asked: str) -> None:
         names = sorted(path.name for path in folder.iterdir())
         pickles = [name for name in names if Path(name).suffix.lower() in PICKLES]
         if "adapter_config.json" in names:
-            found, do = "an adapter of HF PEFT (adapter_config.json)", "this version reads its own format only"
+            found, do = (
+                "adapter_config.json, and no adapter that graftwork knows",
+                "see docs/formats.md for what it reads",
+            )
         elif pickles:
             found, do = f"{pickles[0]!r}, {PICKLE}", "get the adapter as safetensors"
         else:

@@ -72,11 +72,12 @@ def _stored(adapter: Adapter, resume: bool) -> tuple[list[dict[str, Any]], dict[
         methods.append({"method": method.to_json(), "sites": [site.key for site in part.sites]})
         for site, named in [(keys.SHARED, shared), *per_site.items()]:
             for name, value in named.items():
-                tensors[keys.key(i, site, name)] = _checked(adapter, f"{site}/{name}", value)
+                tensors[keys.key(i, site, name)] = checked(adapter, f"{site}/{name}", value)
     return methods, tensors
 
 
-def _checked(adapter: Adapter, name: str, value: Any) -> Tensor:
+def checked(adapter: Adapter, name: str, value: Any) -> Tensor:
+    """A tensor that a file can hold. GraftError for one that is not here as a whole, or not finite."""
     asked = f"save the tensor {name!r} of {adapter.name!r}"
     if not isinstance(value, Tensor):
         raise GraftError(asked, f"{type(value).__name__}, no tensor", "a delta's state_dict must hold tensors only")

@@ -32,7 +32,8 @@ def metadata_of(folder: str | Path) -> dict[str, Any]:
     path = locate(folder).path / FILE
     asked = f"the adapter {str(folder)!r}"
     if not path.is_file():
-        raise GraftError(asked, f"no {FILE} in it", "give the folder that graftwork train wrote")
+        do = "give the folder that graftwork train wrote, or graftwork import that of another library first"
+        raise GraftError(asked, f"no {FILE} in it", do)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:

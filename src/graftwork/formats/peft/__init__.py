@@ -18,6 +18,7 @@ from ...core.body import Body
 from ...core.errors import GraftError, nearest
 from ...core.method import Method
 from ...methods.input.prompt import Prompt
+from ...methods.weight.bitfit import BitFit
 from ...methods.weight.full import Full
 from ...store.read import Stored
 from ..files import read_json, read_tensors, write_files
@@ -51,8 +52,8 @@ _ALL: tuple[Family, ...] = (
     LnTuning(),
 )
 FAMILIES = {family.peft_type: family for family in _ALL}
-# hyper-parameters that say how an adapter started, or was drawn in training: a file computes the same without them
-FREE = ("init", "init_std", "vocab", "d_initial", "top", "mid")
+# hyper-parameters that say how an adapter started, or which sites it took: what is stored computes the same without them
+FREE = ("init", "init_std", "vocab", "d_initial", "top", "mid", "add_missing")
 
 
 class Peft:
@@ -71,7 +72,7 @@ class Peft:
         asked = f"load {str(folder)!r}"
         config = Config(read_json(folder / CONFIG), asked)
         family = _family(config)
-        config, tensors = plain(config, _without_copies(_tensors(folder, asked), body), body)
+        config, tensors = plain(config, _without_copies(_tensors(folder, asked), config, body), body)
         pieces = family.pieces(config, body, tensors.keys())
         config.finish()
         methods, by_site, left_out = gather(pieces, tensors, asked, partial)
@@ -88,7 +89,7 @@ class Peft:
         if family is None:
             found = ", ".join(sorted({m.name for m, _ in parts}))
             raise GraftError(asked, f"PEFT has no method for {found}", "keep it in graftwork's own format")
-        parts = [(m, t) if family.claims(m) else valued(m, t, body) for m, t in parts]
+        parts = [(m, t) if isinstance(m, BitFit) and family.claims(m) else valued(m, t, body) for m, t in parts]
         config, tensors = _saying(adapter, family, parts, body, asked)
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         write_files(folder, {TENSORS: safetensors.torch.save(tensors, {"format": "pt"}), CONFIG: text.encode()})
@@ -109,15 +110,17 @@ def _tensors(folder: Path, asked: str) -> dict[str, Tensor]:
     raise GraftError(asked, f"neither {TENSORS} nor {PICKLE}", "the folder is half-written: restore it")
 
 
-def _without_copies(tensors: Mapping[str, Tensor], body: Body) -> dict[str, Tensor]:
+def _without_copies(tensors: Mapping[str, Tensor], config: Config, body: Body) -> dict[str, Tensor]:
     """The tensors without those that only repeat the backbone's own (PEFT stores whole embeddings beside their LoRA)."""
     kept = {}
+    biased = config.data.get("bias") not in (None, "none")  # a bias that was trained may still be what it was
     for key, value in tensors.items():
         name = key.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
         path, _, leaf = name.rpartition(".")
         own = body.modules[path]._parameters.get(leaf) if path in body.modules else None
         apart = ".original_module." in key  # what was replaced: it is computed with by nobody
-        if not (own is not None and (apart or (".base_layer." in key and _equal(own, value)))):
+        copied = ".base_layer." in key and not (biased and leaf == "bias") and own is not None and _equal(own, value)
+        if own is None or not (apart or copied):
             kept[key] = value
     return kept
 
@@ -164,4 +167,7 @@ def _said(given: Iterable[tuple[Method, Iterable[Spot]]]) -> dict[tuple[str, str
         for spot in spots:
             if spot is not None:
                 out.setdefault(spot, []).append(dataclasses.replace(method, at="any", layers=None, **bare))
+    for methods in out.values():  # values for a bias and a change of the weight may stand in either order
+        if not any(getattr(m, "bias", False) for m in methods):
+            methods.sort(key=lambda m: not (isinstance(m, Full) and m.only == ("bias",)))
     return out

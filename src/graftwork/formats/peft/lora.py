@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ...core.body import Body
 from ...core.errors import GraftError
@@ -17,12 +17,13 @@ from ...core.site import Site
 from ...core.weight import is_conv1d
 from ...methods.weight.dora import DoRA
 from ...methods.weight.lora import LoRA
-from ..pieces import Held, Piece, Slot, View, expect, grouped, one, shaped
+from ..pieces import Held, Piece, Slot, grouped, shaped
 from ..places import whole_site
 from . import extras, tokens
 from .config import Config, ends, pattern, targets
 from .family import PREFIX
 from .naming import exact, named
+from .parameters import factors
 
 # how A and B started: it changes no number of a trained file, where the base was left as it was (see mutated.py)
 HARMLESS = (True, False, "gaussian", "eva", "orthogonal", "mica")
@@ -54,7 +55,8 @@ class Lora:
             )
         config.inert(*ABSENT, "loftq_config", "ensure_weight_tying", "fan_in_fan_out")
         whole = extras.saved_modules(config, body)
-        modules = [path for path in body.modules if path in targets(config, body, whole)]
+        chosen = targets(config, body, whole)
+        modules = [path for path in body.modules if path in chosen]
         made = [pair for path in modules for pair in self._modules(config, body, path)]
         made += self._parameters(config, body)
         front = extras.in_front(config, body, keys, modules, "lora_only")
@@ -109,7 +111,7 @@ class Lora:
                 site = whole_site(body, path, config.asked, name)
                 method = self._method(config, f"{path}.{name}", site)
                 key = f"{PREFIX}{path}." + "base_layer." * depth
-                yield method, _factors(site, method.r, key)
+                yield method, factors(site, method.r, key)
 
     def config(self, held: Held, body: Body) -> dict[str, Any]:
         own = [(m, list(t)) for m, t in held if isinstance(m, LoRA | DoRA)]
@@ -161,35 +163,6 @@ def _kernel(site: Site, config: Config) -> tuple[int, ...]:
         found = f"{site.path}: PEFT's own pass pads the update with zeros, not with {module.padding_mode!r} as the module does"
         config.warnings.append(f"{found}; here it is as PEFT merges it")
     return tuple(module.kernel_size)
-
-
-def _factors(site: Site, r: int, key: str) -> list[Slot]:
-    """A and B of a bare parameter. Of E experts: A [r E, in], an expert's rows together; B [out, r E], a rank's columns together."""
-    w = site.weight
-    e, (d_in, d_out) = w.copies, (w.d_in, w.d_out)
-    # a weight that PEFT takes for [out, in] and the dense view does not: its B A is the transpose of ours
-    turned = (w.layout == "transposed") != bool(w.batch and getattr(site.module, "is_transposed", False))
-    if turned:
-        d_in, d_out = d_out, d_in
-
-    def slot(there: str, name: str, stored: tuple[int, int], here: View, back: View) -> Slot:
-        def read(t: Tensor) -> Tensor:
-            made = here(expect(t, stored))
-            return made.mT if turned else made
-
-        return one(f"{key}{there}.weight", site, name, read, lambda t: back(t.mT if turned else t))
-
-    down, up = ("up", "down") if turned else ("down", "up")
-    return [
-        slot("lora_A", down, (r * e, d_in), lambda t: t.reshape(*w.batch, r, d_in), lambda t: t.reshape(r * e, d_in)),
-        slot(
-            "lora_B",
-            up,
-            (d_out, r * e),
-            lambda t: t.reshape(d_out, r, e).permute(2, 0, 1).reshape(*w.batch, d_out, r),
-            lambda t: t.reshape(e, d_out, r).permute(1, 2, 0).reshape(d_out, r * e),
-        ),
-    ]
 
 
 def _is_module(body: Body, path: str, param: str) -> bool:

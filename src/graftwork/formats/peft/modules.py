@@ -9,6 +9,7 @@ from ...core.body import Body
 from ...core.method import Method
 from ...methods.weight.bitfit import BitFit
 from ...methods.weight.full import Full
+from ...methods.weight.ln_tuning import LNTuning
 from ..pieces import Held, Piece, grouped, one, shaped
 from ..places import owner_sites, whole_site
 from . import extras
@@ -23,7 +24,7 @@ class LnTuning:
     peft_type = "LN_TUNING"
 
     def claims(self, method: Method) -> bool:
-        return isinstance(method, Full) and not method.only
+        return isinstance(method, LNTuning) or (isinstance(method, Full) and not method.only)
 
     def pieces(self, config: Config, body: Body, keys: Collection[str]) -> list[Piece]:
         chosen = targets(config, body, extras.saved_modules(config, body))

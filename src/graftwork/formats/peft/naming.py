@@ -26,18 +26,12 @@ def exact(path: str) -> str:
 def covering(paths: Iterable[str], body: Body) -> list[str]:
     """The outermost modules whose parameters all belong to these modules."""
     wanted = set(paths)
-    whole = {
-        above
-        for above in body.modules
-        if above and (own := [p for p in body.modules if ends_in(p, above) and _owns(body, p)]) and set(own) <= wanted
-    }
+    owning = [path for path in body.modules if any(p is not None for p in body.modules[path]._parameters.values())]
+    around = {path.rsplit(".", k)[0] for path in wanted for k in range(path.count(".") + 1)}
+    whole = {above for above in around if all(path in wanted for path in owning if ends_in(path, above))}
     return [path for path in body.modules if path in whole and not any(ends_in(path, o) for o in whole - {path})]
 
 
 def ends_in(path: str, above: str) -> bool:
     """Whether the module at `path` is that at `above`, or lies inside it."""
     return path == above or path.startswith(f"{above}.")
-
-
-def _owns(body: Body, path: str) -> bool:
-    return any(p is not None for p in body.modules[path]._parameters.values())

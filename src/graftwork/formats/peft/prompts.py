@@ -107,13 +107,17 @@ class PrefixTuning:
         if not any(spot in tensors for spot in ((s.path, s.param) for s in body.anatomy.of("entry"))):
             found = "tokens count their positions as if it were not there; in PEFT from behind it"
             raise GraftError(f"write {m} as a PEFT adapter", found, "graft it with at='attn, entry'")
-        config = getattr(body.modules[""], "config", None)
+        model = getattr(body.modules[""], "config", None)
+        heads = getattr(model, "num_key_value_heads", None) or getattr(model, "num_attention_heads", None)
+        if heads is None:
+            found = f"{type(body.modules['']).__name__} has no config that says its number of heads"
+            raise GraftError(f"write {m} as a PEFT adapter", found, "keep it in graftwork's own format")
         return {
             "num_virtual_tokens": m.length,
             "num_transformer_submodules": 1,
-            "num_layers": len(tensors) - 1,
+            "num_layers": sum(1 for t in tensors.values() if t),
             "token_dim": next(t["keys"].shape[1] for t in tensors.values() if t),
-            "num_attention_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,  # type: ignore[union-attr]
+            "num_attention_heads": heads,
             "modules_to_save": extras.config(held, body, [], "none")["modules_to_save"],
         }
 
