@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import graftwork as gw
 from graftwork.cli import main
-from graftwork.formats.check import check
+from graftwork.formats.check import adapterhub, check
 
 from .peers import loaded, model, outputs, peer, perturb, read_by_peer, written
 from .test_peft import CASES, tensors_of
@@ -236,3 +236,35 @@ def test_the_command(theirs: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     (theirs / "adapter_model.safetensors").write_bytes(b"")
     assert main(["check", str(theirs)]) == 1
     assert "does not load" in capsys.readouterr().out
+
+
+HUB = {"name": "a", "version": "adapters.1.3.0", "model_class": "BertModel", "model_name": "x"}
+LORA_KEY = "encoder.layer.0.attention.self.query.loras.a.lora_A"
+
+
+def hub_folder(folder: Path, config: dict[str, Any], keys: list[str], **about: Any) -> adapterhub.Said:
+    """What is said of a folder of AdapterHub's with tensors of these names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps({**HUB, **about, "config": config}))
+    return adapterhub.said(folder, {key: torch.ones(2, 4) for key in keys})
+
+
+def test_what_the_adapters_library_leaves_out(tmp_path: Path) -> None:
+    """As its loader does: unexpected keys are logged, and only modules under the adapter's name are asked for theirs."""
+    lora = {"architecture": "lora", "r": 8, "alpha": 8}
+    good = hub_folder(tmp_path, lora, [LORA_KEY, "shared_parameters.a.x"])
+    assert good.methods == ["lora named 'a'"] and good.options == lora
+    assert not (good.problems or good.ignored or good.notes)
+    stray = hub_folder(tmp_path, lora, [LORA_KEY.replace(".a.", ".b."), LORA_KEY.replace("loras", "refts")])
+    assert [text.partition(": ")[0] for text in stray.ignored] == [
+        "1 not under the name 'a'",
+        "1 of a kind that the config does not build",
+    ]
+    union = {"architecture": "union", "configs": [lora, {"architecture": "reft", "r": 1}]}
+    both = hub_folder(tmp_path, union, [LORA_KEY, LORA_KEY.replace("loras", "refts")])
+    assert len(both.methods) == 2 and both.options["reft.r"] == 1 and not both.ignored
+    old = hub_folder(tmp_path, {**lora, "alpha": 16}, [LORA_KEY], version="adapters.1.0.1")
+    assert old.notes == ["made by adapters.1.0.1: the scale of its LoRA is 1, whatever alpha says"]
+    (tmp_path / "head_config.json").write_text("{}")
+    assert hub_folder(tmp_path, lora, [LORA_KEY]).ignored == ["head_config.json: the head's tensors are missing"]
+    assert hub_folder(tmp_path / "none", lora, [], name=None).problems == ["adapter_config.json: no name, or no config"]

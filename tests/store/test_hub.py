@@ -219,7 +219,7 @@ def test_a_download_that_breaks_off_is_told_and_goes_on_later(cut: str, hub: Hub
     gw.load(model, "hub:me/sst2")
 
 
-@pytest.mark.parametrize("cut", ["/api/repos/create", "/preupload/", "/large/", "/commit/"])
+@pytest.mark.parametrize("cut", ["/api/repos/create", "/large/", "/commit/"])
 def test_an_upload_that_breaks_off_leaves_the_repository_as_it_was(cut: str, hub: Hub, tmp_path: Path) -> None:
     first = gw.push(saved(tmp_path / "a"), "me/sst2")
     commits = dict(hub.repos["me/sst2"].commits)

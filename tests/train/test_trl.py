@@ -23,6 +23,7 @@ METHODS = {
     "dora": gw.DoRA(r=8, alpha=16, at="q, v, up, down"),
     "bottleneck": gw.Bottleneck(d=8),
     "prefix": gw.Prefix(length=4),
+    "prompt": gw.Prompt(length=4),
 }
 
 
@@ -66,10 +67,10 @@ def choices() -> Dataset:
 
 
 @torch.no_grad()
-def moved(adapter: Any) -> None:
+def moved(adapter: Any, by: float = 0.05) -> None:
     """Move what was grafted away from where it starts."""
     for p in adapter.parameters():
-        p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.05)
+        p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * by)
 
 
 @torch.no_grad()
@@ -101,10 +102,11 @@ def test_sft_trains_a_grafted_model(method: str, checkpointing: bool, llama: Pat
     unchanged(model, adapter, before)
 
 
-def test_the_loss_is_the_models_own(llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_the_loss_is_the_models_own(method: str, llama: Path, tmp_path: Path) -> None:
     """TRL computes it around the model's forward: it calls what is below the head, and multiplies by the head's weight."""
     model = opened(llama)
-    moved(gw.graft(model, METHODS["lora"], "a"))
+    moved(gw.graft(model, METHODS[method], "a"), by=0.3)
     run = SFTTrainer(
         model=model,
         args=settings(SFTConfig, tmp_path),
@@ -151,6 +153,20 @@ def test_dpo_with_a_second_model_as_reference(llama: Path, tmp_path: Path) -> No
     run.train()
     assert len(losses(run)) == STEPS and losses(run)[-1] < 0.5 * losses(run)[0]
     unchanged(model, adapter, before)
+
+
+def test_trl_does_not_see_an_adapter_of_the_output_layer(llama: Path, tmp_path: Path) -> None:
+    """It multiplies by that layer's weight outside of the model's forward; PEFT's adapters are refused there for that."""
+    model, words = opened(llama), AutoTokenizer.from_pretrained(llama)
+    adapter = gw.graft(model, [gw.LoRA(r=2, at="q"), gw.LoRA(r=2, at="lm_head")], "a")
+    before = [p.detach().clone() for p in adapter.parameters()]
+    run = SFTTrainer(model=model, args=settings(SFTConfig, tmp_path), train_dataset=letters(), processing_class=words)
+    run.train()
+    moved = {name: not torch.equal(p, old) for (name, p), old in zip(adapter.named_parameters(), before, strict=True)}
+    assert all(changed != ("lm_head" in name) for name, changed in moved.items())
+    theirs = peft.get_peft_model(opened(llama), peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(ValueError, match="lm_head"):
+        SFTTrainer(model=theirs, args=settings(SFTConfig, tmp_path), train_dataset=letters(), processing_class=words)
 
 
 def test_an_exported_folder_goes_on_in_trl(llama: Path, tmp_path: Path) -> None:
