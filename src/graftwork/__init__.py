@@ -19,6 +19,7 @@ _HOME = {
     "core.summary": "summary",
     "core.text": "parse_methods",
     "formats": "save load",
+    "store.hub": "push",
     "methods.weight.lora": "LoRA",
     "methods.weight.full": "Full",
     "methods.weight.dora": "DoRA",

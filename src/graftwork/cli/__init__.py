@@ -18,6 +18,8 @@ COMMANDS = {
     "merge": ("merge", "write backbone and adapter as one plain transformers folder"),
     "export": ("export", "write an adapter in the format of another library"),
     "import": ("importing", "read an adapter of another library"),
+    "push": ("push", "upload an adapter to the hub"),
+    "check": ("check", "what an adapter's files hold, whether they will load, and what they cost"),
     "methods": ("methods", "the methods: equation, hyper-parameters, source"),
     "anatomy": ("anatomy", "the parts of a backbone that an adapter can sit on"),
 }

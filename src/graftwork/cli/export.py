@@ -14,7 +14,7 @@ import argparse
 
 def add(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("adapter", help="a folder with an adapter, of any format")
+    parser.add_argument("adapter", help="a folder with an adapter, of any format, or hub:NAME/REPO")
     parser.add_argument("--format", required=True, metavar="NAME", help="peft, adapterhub, kohya, diffusers or pyreft")
     parser.add_argument(
         "--out", required=True, metavar="FOLDER", help="where to write (or FILE.safetensors: kohya, diffusers)"
@@ -33,6 +33,7 @@ def run(parsed: argparse.Namespace) -> int:
     """Do what the options ask for. Returns the exit code."""
     from ..core.errors import GraftError
     from ..formats import by_name, load, plain_lora, write
+    from ..store.hub import pinned
 
     by_name(parsed.format)  # a wrong name is said before anything is loaded
     if not parsed.as_lora and (parsed.rank is not None or parsed.energy is not None):
@@ -41,8 +42,9 @@ def run(parsed: argparse.Namespace) -> int:
     from .console import console, quiet, table
 
     quiet()
-    model, _ = open_backbone(parsed.adapter, parsed.backbone)
-    adapter = load(model, parsed.adapter)
+    place = pinned(parsed.adapter)
+    model, _ = open_backbone(place, parsed.backbone)
+    adapter = load(model, place)
     if parsed.as_lora:
         adapter, rows = plain_lora(model, adapter.name, parsed.rank, parsed.energy)
         shown = [(row.site, f"{row.shape[0]} x {row.shape[1]}", row.needed, row.kept, row.error) for row in rows]

@@ -13,7 +13,7 @@ import warnings
 
 def add(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("folder", help="what the other library wrote")
+    parser.add_argument("folder", help="what the other library wrote, or hub:NAME/REPO")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where to write; an adapter there is replaced")
     parser.add_argument(
         "--backbone", metavar="NAME|FOLDER", help="the backbone, where it is not what the adapter's file says"
@@ -26,14 +26,16 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Do what the options ask for. Returns the exit code."""
     from ..formats import load, save
+    from ..store.hub import pinned
     from ..train.origin import open_backbone
     from .console import console, quiet
 
     quiet()
-    model, name = open_backbone(parsed.folder, parsed.backbone)
+    place = pinned(parsed.folder)
+    model, name = open_backbone(place, parsed.backbone)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        adapter = load(model, parsed.folder, partial=parsed.partial)
+        adapter = load(model, place, partial=parsed.partial)
     for warning in said:
         console.print(f"note: {warning.message}", markup=False)
     adapter.metadata["backbone"] = name

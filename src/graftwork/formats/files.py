@@ -57,9 +57,19 @@ def _refused(word: str) -> Any:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors or, by weights_only, of a torch file. GraftError for a damaged one, or numbers that are not finite."""
+    tensors = tensors_of(path)
+    for name, value in tensors.items():
+        if not finite(value):
+            found = "a number that is not finite"
+            raise GraftError(f"read {str(path)!r}: the tensor {name!r}", found, "train it again")
+    return tensors
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, whatever numbers they hold. GraftError for a damaged one."""
     asked = f"read {str(path)!r}"
     try:
-        tensors = _safetensors(path) if path.suffix == ".safetensors" else _torch(path)
+        return _safetensors(path) if path.suffix == ".safetensors" else _torch(path)
     except OSError as error:
         raise GraftError(asked, f"{error.strerror or error}", "make it readable") from error
     except GraftError:
@@ -67,10 +77,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # of whatever class the two libraries choose for bytes that make no sense
         why = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise GraftError(asked, f"damaged, or no file of tensors: {why[0][:200]}", "restore the file") from error
-    for name, value in tensors.items():
-        if not finite(value):
-            raise GraftError(f"{asked}: the tensor {name!r}", "a number that is not finite", "train it again")
-    return tensors
 
 
 def read_header(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -15,6 +16,7 @@ from ..core.root import body_of, root_of
 from ..store import load as load_own
 from ..store import save as save_own
 from ..store.atomic import DESCRIPTION
+from ..store.hub import locate
 from ..store.load import install
 from .adapterhub import AdapterHub
 from .diffusion import Diffusers, Kohya
@@ -36,22 +38,31 @@ def load(
 ) -> Adapter:
     """Load the adapter in `folder`, of any known format, onto `model` and activate it.
 
-    folder: or the path of a .safetensors file, where the format is one file (kohya, diffusers).
+    folder: on this machine, or the path of a .safetensors file where the format is one file (kohya, diffusers), or
+        hub:NAME/REPO[@REVISION][:FOLDER], which is downloaded; metadata["hub"] then says from which commit, and so does
+        what is saved of it.
     name: None takes the stored one, or the folder's name where the format stores none.
     trainable: its parameters receive gradients, so that training can go on (from a save with resume=True exactly).
     partial: leave out, with a warning that names them, what is missing or superfluous in a file of another library;
         otherwise that is an error. graftwork's own files are always read whole.
     Raises GraftError for a folder without an adapter, a damaged, altered or newer file, another backbone, an option
-    that is not supported, a name that is taken; the model is then as it was. Nothing is unpickled (a .bin is read by
-    torch.load with weights_only=True), and no path is taken from a file.
+    that is not supported, a name that is taken, and a download that fails; the model is then as it was. Nothing is
+    unpickled (a .bin is read by torch.load with weights_only=True), and no path is taken from a file.
     """
-    place = Path(folder).expanduser()
-    form = recognise(place)
+    place = locate(folder)
+    form = recognise(place.path)
     if form is None:
-        return load_own(model, folder, name, trainable)
-    body = body_of(model)
-    check_free(model, body)
-    return install(model, body, form.read(place, body, partial), f"load {str(folder)!r}", name, trainable)
+        adapter = load_own(model, place.path, name, trainable)
+    else:
+        body = body_of(model)
+        check_free(model, body)
+        stored = form.read(place.path, body, partial)
+        if stored.name == place.path.resolve().name:  # it has none of its own; that of a download's folder is a commit
+            stored = replace(stored, name=place.name)
+        adapter = install(model, body, stored, f"load {str(folder)!r}", name, trainable)
+    if place.origin is not None:
+        adapter.metadata["hub"] = str(place.origin)
+    return adapter
 
 
 def save(

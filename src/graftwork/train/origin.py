@@ -12,6 +12,7 @@ from torch import nn
 from .. import combinators, methods  # noqa: F401  (they register the names that a file uses)
 from ..core.errors import GraftError
 from ..formats import recognise
+from ..store.hub import locate
 from . import backbone, tasks
 from .described import metadata_of
 
@@ -22,10 +23,11 @@ def open_backbone(folder: str | Path, name: str | None = None) -> tuple[nn.Modul
     name: the backbone's folder or hub name, where it is not what the file says.
     Raises GraftError where neither says which it is, or it cannot be loaded.
     """
-    form = recognise(Path(folder).expanduser())
+    place = locate(folder).path
+    form = recognise(place)
     kind: str | None
     if form is not None:
-        said, kind = form.backbone(Path(folder).expanduser())
+        said, kind = form.backbone(place)
     else:
         data = metadata_of(folder)
         known: dict[str, Any] = data["metadata"]

@@ -17,7 +17,8 @@ from ..core.adapter import Adapter
 from ..core.errors import GraftError
 from ..core.graft import adapters
 from ..core.merge import forget, merge
-from ..store import load
+from ..formats import load
+from ..store.hub import pinned
 from . import backbone, tasks
 from .described import metadata_of
 from .tasks import Task, Tokens
@@ -159,6 +160,7 @@ class Trained:
 def open_trained(folder: str | Path, name: str | None = None) -> Trained:
     """The adapter of this folder on its backbone. name: the backbone's folder or hub name, where it is not what
     the file says."""
+    folder = pinned(folder)
     metadata = metadata_of(folder).get("metadata", {})
     if "task" not in metadata:
         raise GraftError(
@@ -174,7 +176,7 @@ def open_trained(folder: str | Path, name: str | None = None) -> Trained:
         if name is None:
             raise GraftError(error.asked, error.found, "name the backbone with --backbone") from error
         raise
-    load(loaded.model, Path(folder).expanduser())
+    load(loaded.model, folder)
     [adapter] = adapters(loaded.model).values()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Trained(loaded.model.to(device).eval(), adapter, task, loaded.processor)
