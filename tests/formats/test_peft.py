@@ -337,3 +337,23 @@ def test_pruned_triplets_of_adalora(tmp_path: Path) -> None:
     gw.adapters(m)["a"].metadata.clear()
     gw.save(m, "a", tmp_path / "ours", format="peft")
     close(outputs(read_by_peer("llama", tmp_path / "ours"), "llama"), outputs(theirs, "llama"))
+
+
+NATIVE = {
+    "lora": gw.LoRA(),
+    "dora": gw.DoRA(),
+    "vera": gw.VeRA(r=8),
+    "ia3": gw.IA3(),
+    "adalora": gw.AdaLoRA(),
+    "prompt": gw.Prompt(length=3),
+    "prefix": gw.Prefix(length=3, at="attn, entry"),
+    "ln_tuning": gw.LNTuning(),
+}
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_what_is_grafted_here_with_its_defaults_computes_the_same_there(name: str, tmp_path: Path) -> None:
+    m = model("llama")
+    perturb(gw.graft(m, NATIVE[name], "a", head=False).parameters())
+    gw.save(m, "a", tmp_path, format="peft")
+    close(outputs(read_by_peer("llama", tmp_path), "llama"), outputs(m, "llama"))

@@ -19,6 +19,7 @@ from ...core.errors import GraftError, nearest
 from ...core.method import Method
 from ...methods.input.prompt import Prompt
 from ...methods.weight.bitfit import BitFit
+from ...methods.weight.dora import DoRA
 from ...methods.weight.full import Full
 from ...store.read import Stored
 from ..files import read_json, read_tensors, write_files
@@ -164,6 +165,7 @@ def _said(given: Iterable[tuple[Method, Iterable[Spot]]]) -> dict[tuple[str, str
     for method, spots in given:
         bare = {f.name: f.default for f in dataclasses.fields(method) if f.name in FREE}
         bare |= {"tokens": ()} if isinstance(method, Prompt) else {"outputs": None} if isinstance(method, Full) else {}
+        bare |= {"alpha": method.scale * method.r} if isinstance(method, DoRA) else {}  # it may be left to its default
         for spot in spots:
             if spot is not None:
                 out.setdefault(spot, []).append(dataclasses.replace(method, at="any", layers=None, **bare))
