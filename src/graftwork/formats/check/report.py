@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 SHOWN = 4  # names in one sentence
+NUMBER = re.compile(r"(?<=[._])\d+(?=[._]|$)")  # of a layer, where kohya writes _ for every .
 
 
 def tell(into: list[str], why: str, names: list[str]) -> None:
@@ -88,14 +90,13 @@ class Report:
         """Fill in what names and shapes tell."""
         groups: Counter[tuple[str, tuple[int, ...], str]] = Counter()
         for name, value in tensors.items():
-            star = ".".join("*" if word.isdecimal() else word for word in name.split("."))
-            groups[star, tuple(value.shape), str(value.dtype).removeprefix("torch.")] += 1
+            groups[NUMBER.sub("*", name), tuple(value.shape), str(value.dtype).removeprefix("torch.")] += 1
         for (name, shape, dtype), count in groups.items():
             one = next(v.numel() for n, v in tensors.items() if tuple(v.shape) == shape)
             self.groups.append(Group(name, count, shape, dtype, count * one))
         matrices = [v.shape for v in tensors.values() if v.dim() == 2]
         self.ranks, self.widths = (sorted({side(shape) for shape in matrices}) for side in (min, max))
-        self.layers = sorted({int(w) for n in tensors for w in n.split(".")[1:] if w.isdecimal() and len(w) < 5})
+        self.layers = sorted({int(w) for n in tensors for w in NUMBER.findall(n) if len(w) < 5})
         self.parameters = sum(v.numel() for v in tensors.values())
         self.bytes = sum(v.nbytes for v in tensors.values())
         self.dtypes = sorted({group.dtype for group in self.groups})
