@@ -14,8 +14,8 @@ from ...core.adapter import Adapter
 from ...core.body import Body
 from ...core.errors import GraftError
 from ...store.read import Stored
+from ..config import Config
 from ..files import read_json, read_tensors, write_files
-from ..peft.config import Config
 from ..pieces import gather, grouped
 from . import heads
 from .bottleneck import Bottlenecks

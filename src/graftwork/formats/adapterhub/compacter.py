@@ -13,7 +13,7 @@ from ...core.errors import GraftError
 from ...core.method import Method
 from ...core.site import Site
 from ...methods.activation.compacter import PHM
-from ..peft.config import Config
+from ..config import Config
 from ..pieces import Slot, one
 from .defaults import BOTTLENECK, SCHEMES
 from .family import Held, Made, activation, left_out, named_activation

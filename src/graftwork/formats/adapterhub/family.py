@@ -11,7 +11,7 @@ from torch import Tensor
 from ...core.delta import Delta
 from ...core.method import Method
 from ...core.site import Site
-from ..peft.config import Config
+from ..config import Config
 from ..pieces import Slot
 from .names import Names
 

@@ -12,8 +12,8 @@ from ...core.errors import GraftError
 from ...core.method import Method
 from ...core.site import Site
 from ...methods.weight.full import Full
+from ..config import Config
 from ..files import read_json, read_tensors
-from ..peft.config import Config
 from ..pieces import Slot, one
 from .names import Names
 

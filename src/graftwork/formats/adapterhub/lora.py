@@ -19,7 +19,7 @@ from ...methods.weight.dora import DoRA
 from ...methods.weight.ia3 import IA3
 from ...methods.weight.lora import LoRA
 from ...methods.weight.vera import VeRA
-from ..peft.config import Config
+from ..config import Config
 from ..pieces import Slot, one, shaped
 from .family import Held, Made, left_out
 from .matrices import apart, together, vectors

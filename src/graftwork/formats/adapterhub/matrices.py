@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...core.errors import GraftError
 from ...core.site import Site
-from ..peft.config import Config
+from ..config import Config
 from .names import Names
 
 

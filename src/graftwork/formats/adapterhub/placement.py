@@ -6,7 +6,7 @@ from typing import Any
 
 from ...core.errors import GraftError
 from ...core.site import Site
-from ..peft.config import Config
+from ..config import Config
 from .names import Block, Names
 
 FLAGS = {"self": "mh_adapter", "cross": "cross_adapter", "mlp": "output_adapter"}

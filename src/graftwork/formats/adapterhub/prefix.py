@@ -15,7 +15,7 @@ from ...core.method import Method
 from ...core.site import Site
 from ...methods.activation.nonlinear import ACTIVATIONS
 from ...methods.attention.prefix import Prefix, kind_of
-from ..peft.config import Config
+from ..config import Config
 from ..pieces import Slot, one
 from .family import Held, Made, activation, left_out
 from .names import Names

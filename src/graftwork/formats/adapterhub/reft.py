@@ -16,7 +16,7 @@ from ...core.errors import GraftError
 from ...core.method import Method
 from ...core.site import Site
 from ...methods.activation.loreft import LoReFT
-from ..peft.config import Config
+from ..config import Config
 from ..pieces import Slot, one
 from .family import Held, Made, activation, named_activation
 from .names import Names

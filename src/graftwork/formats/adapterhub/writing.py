@@ -15,7 +15,7 @@ from ...core.method import Method
 from ...core.site import Site
 from ...methods.attention.prefix import Prefix
 from ...methods.weight.vera import VeRA
-from ..peft.config import Config
+from ..config import Config
 from ..pieces import Piece, grouped
 from .family import Family, Held
 from .heads import is_head

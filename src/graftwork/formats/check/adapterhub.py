@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..config import OFF
 from ..files import read_json
-from ..peft.config import OFF
 from .report import Said, tell
 
 CONFIG, SAFE, TORCH = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"

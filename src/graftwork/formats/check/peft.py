@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from ...core.body import Body
 from ...core.errors import GraftError, nearest
+from ..config import OFF, Config
 from ..files import read_json
 from ..peft import CONFIG, FAMILIES, PICKLE, TENSORS
-from ..peft.config import ABOUT, OFF, Config, ends, expression, pattern, targets
+from ..peft.config import ABOUT, config_of, ends, expression, pattern, targets
 from ..peft.family import PREFIX
 from ..peft.lora import ABSENT
 from .report import Said, tell
@@ -56,7 +57,7 @@ class File(nn.Module):
 def said(folder: Path, tensors: Mapping[str, Tensor]) -> Said:
     """The type and the options that are on; what does not fit together in the files themselves."""
     made = Said()
-    config = Config(read_json(folder / CONFIG), f"check {str(folder)!r}")
+    config = config_of(read_json(folder / CONFIG), f"check {str(folder)!r}")
     kind = config.data.get("peft_type")
     made.methods = [str(kind)]
     made.options = {k: v for k, v in config.data.items() if k not in (*ABOUT, *ABSENT) and v not in OFF}

@@ -14,7 +14,8 @@ from ...core.body import Body
 from ...core.errors import GraftError
 from ...methods.weight.dora import DoRA
 from ...methods.weight.lora import LoRA
-from ..peft.config import Config, ends, pattern
+from ..config import Config
+from ..peft.config import ABOUT, ends, pattern
 from ..peft.lora import ABSENT, HARMLESS
 from ..peft.naming import exact
 from .modules import Keys, Module, alpha_of, method_of
@@ -54,7 +55,7 @@ def configs(texts: Mapping[str, str], asked: str) -> dict[str, Header]:
             raise config.error(
                 f"init_lora_weights = {start!r}", "it changed the base in a way that the file does not tell"
             )
-        config.inert(*KNOWN)
+        config.inert(*ABOUT, *KNOWN)
         for name in ("lora_alpha", "alpha_pattern", "use_rslora"):
             config.inert(name)
         config.finish()

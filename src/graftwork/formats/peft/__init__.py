@@ -22,11 +22,12 @@ from ...methods.weight.bitfit import BitFit
 from ...methods.weight.dora import DoRA
 from ...methods.weight.full import Full
 from ...store.read import Stored
+from ..config import Config
 from ..files import read_json, read_tensors, write_files
 from ..pieces import Held, Spot, gather, held, spread
 from .about import about, origin
 from .adalora import AdaLora
-from .config import Config
+from .config import config_of
 from .extras import valued
 from .family import PREFIX, Family
 from .ia3 import Ia3
@@ -71,7 +72,7 @@ class Peft:
 
     def read(self, folder: Path, body: Body, partial: bool = False) -> Stored:
         asked = f"load {str(folder)!r}"
-        config = Config(read_json(folder / CONFIG), asked)
+        config = config_of(read_json(folder / CONFIG), asked)
         family = _family(config)
         config, tensors = plain(config, _without_copies(_tensors(folder, asked), config, body), body)
         pieces = family.pieces(config, body, tensors.keys())
@@ -138,7 +139,7 @@ def _saying(
     keys = {f"{PREFIX}{p}.{base}{name}" for m, (p, _) in partly for name in m.only for base in ("", "base_layer.")}
 
     def said(data: dict[str, Any]) -> dict[str, Tensor]:
-        config = Config(data, asked)
+        config = config_of(data, asked)
         pieces = _family(config).pieces(config, body, keys)
         here, there = _said(parts), _said([(p.method, [(s.path, s.param) for s in p.sites]) for p in pieces])
         if here != there:

@@ -11,10 +11,11 @@ import torch
 from ...core.body import Body
 from ...core.method import Method
 from ...methods.weight.adalora import AdaLoRA
+from ..config import Config
 from ..pieces import Held, Piece, grouped, shaped
 from ..places import whole_site
 from . import extras
-from .config import Config, targets
+from .config import targets
 from .family import PREFIX
 from .naming import named
 

@@ -16,9 +16,9 @@ from ...core.method import Method
 from ...methods.weight.bitfit import BitFit
 from ...methods.weight.full import Full
 from ...methods.weight.ln_tuning import LNTuning
+from ..config import Config
 from ..pieces import Held, Part, Piece, Spot, grouped, one
 from ..places import owner_sites, whole_site
-from .config import Config
 from .family import PREFIX
 from .naming import covering, ends_in
 

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 from ...core.body import Body
 from ...core.method import Method
+from ..config import Config
 from ..pieces import Held, Piece
-from .config import Config
 
 PREFIX = "base_model.model."  # of every path in a file: PEFT's own two modules around the model
 

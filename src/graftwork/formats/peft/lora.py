@@ -17,10 +17,11 @@ from ...core.site import Site
 from ...core.weight import is_conv1d
 from ...methods.weight.dora import DoRA
 from ...methods.weight.lora import LoRA
+from ..config import Config
 from ..pieces import Held, Piece, Slot, grouped, shaped
 from ..places import whole_site
 from . import extras, tokens
-from .config import Config, ends, pattern, targets
+from .config import ends, pattern, targets
 from .family import PREFIX
 from .naming import exact, named
 from .parameters import factors

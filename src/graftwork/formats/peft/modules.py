@@ -10,10 +10,11 @@ from ...core.method import Method
 from ...methods.weight.bitfit import BitFit
 from ...methods.weight.full import Full
 from ...methods.weight.ln_tuning import LNTuning
+from ..config import Config
 from ..pieces import Held, Piece, grouped, one, shaped
 from ..places import owner_sites, whole_site
 from . import extras
-from .config import Config, targets
+from .config import targets
 from .family import PREFIX
 from .naming import covering, named
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from ...core.body import Body
 from ...core.errors import GraftError
 from ...core.weight import Weight
+from ..config import Config
 from ..places import whole_site
 from . import extras
-from .config import Config, pattern, targets
+from .config import config_of, pattern, targets
 from .family import PREFIX
 
 Factors = tuple[Tensor, Tensor]  # A_0 [r, in] and B_0 [out, r]
@@ -61,7 +62,7 @@ def plain(config: Config, tensors: dict[str, Tensor], body: Body) -> tuple[Confi
         "rank_pattern": {key: 2 * r for key, r in config.take("rank_pattern", dict, {}).items()},
         "alpha_pattern": {key: times * a for key, a in config.take("alpha_pattern", dict, {}).items()},
     }
-    made = Config(data, config.asked)
+    made = config_of(data, config.asked)
     made.warnings = config.warnings
     return made, out
 

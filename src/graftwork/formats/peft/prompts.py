@@ -16,9 +16,10 @@ from ...core.site import Site
 from ...methods.attention.llama_adapter import LlamaAdapter
 from ...methods.attention.prefix import Prefix
 from ...methods.input.prompt import Prompt
+from ..config import Config
 from ..pieces import Held, Piece, Slot, expect, grouped, shaped
 from . import extras
-from .config import Config, ends
+from .config import ends
 from .family import PREFIX
 
 ROWS = "prompt_embeddings"

@@ -11,10 +11,11 @@ from ...core.body import Body
 from ...core.method import Method
 from ...core.site import Site
 from ...methods.weight.trainable_tokens import TrainableTokens
+from ..config import Config
 from ..pieces import Held, Piece, one
 from ..places import whole_site
 from . import extras
-from .config import Config, targets
+from .config import targets
 from .family import PREFIX
 from .naming import named
 

@@ -9,10 +9,11 @@ from typing import Any
 from ...core.body import Body
 from ...core.method import Method
 from ...methods.weight.vera import VeRA
+from ..config import Config
 from ..pieces import Held, Piece, grouped, one, shaped
 from ..places import whole_site
 from . import extras
-from .config import Config, targets
+from .config import targets
 from .family import PREFIX
 from .naming import named
 
