@@ -14,7 +14,7 @@ from torch import nn
 import graftwork as gw
 from graftwork.core import body, install, root
 from graftwork.store import fingerprint
-from graftwork.store.tensors import read_tensors
+from graftwork.store.tensors import reading
 
 from .files import bert, logits, saved
 
@@ -86,7 +86,8 @@ def test_what_is_loaded_lies_where_a_grafted_tensor_would(tmp_path: Path, first:
     """Kernels may round otherwise on unaligned numbers. A tensor of odd size in front of the others moves all of them."""
     data = safetensors.torch.save({"a": torch.ones(first), "b": torch.ones(7), "c": torch.ones(5, 3)})
     (tmp_path / "adapter.safetensors").write_bytes(data)
-    found = read_tensors(tmp_path, hashlib.sha256(data).hexdigest(), "load")
+    with reading(tmp_path, hashlib.sha256(data).hexdigest(), "load") as found:
+        pass
     assert {name: t.data_ptr() % 64 for name, t in found.items()} == dict.fromkeys("abc", 0)
     assert all(torch.equal(t, torch.ones_like(t)) for t in found.values()) and found["c"].shape == (5, 3)
 

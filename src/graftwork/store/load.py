@@ -19,7 +19,7 @@ from ..core.root import body_of
 from . import keys
 from .fingerprint import of_body
 from .finite import finite
-from .read import Stored, StoredMethod, read
+from .read import StoredMethod, read
 
 
 def load(model: nn.Module, folder: str | Path, name: str | None = None, trainable: bool = False) -> Adapter:
@@ -29,27 +29,30 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, trainabl
     Raises GraftError for a folder without an adapter, a damaged, altered or newer file, another backbone, a name
     that is taken; the model is then as it was. Nothing is unpickled, and no path is taken from a file.
     """
-    stored = read(Path(folder).expanduser())
     asked = f"load {str(folder)!r}"
-    name = stored.name if name is None else name
-    body = body_of(model)
-    check_free(model, body)
-    check_name(model, name)
-    here = body.once(of_body)
-    if different := stored.backbone.differs(here):
-        raise GraftError(
-            f"{asked} onto {type(model).__name__}",
-            f"{different}\n    made for: {stored.backbone}\n    this one: {here}",
-            "load the backbone that it was made for",
-        )
-    adapter = Adapter(name, [_part(i, method, stored, body, asked) for i, method in enumerate(stored.methods)])
+    with read(Path(folder).expanduser()) as stored:
+        name = stored.name if name is None else name
+        body = body_of(model)
+        check_free(model, body)
+        check_name(model, name)
+        here = body.once(of_body)
+        if different := stored.backbone.differs(here):
+            raise GraftError(
+                f"{asked} onto {type(model).__name__}",
+                f"{different}\n    made for: {stored.backbone}\n    this one: {here}",
+                "load the backbone that it was made for",
+            )
+        parts = [_part(method, body, asked) for method in stored.methods]
+    for part, tensors in zip(parts, stored.tensors, strict=True):
+        _fill(part, tensors, asked)
+    adapter = Adapter(name, parts)
     adapter.trainable, adapter.labels, adapter.metadata = trainable, stored.labels, stored.metadata
     attach(model, adapter, body)
     return adapter
 
 
-def _part(index: int, method: StoredMethod, stored: Stored, body: Body, asked: str) -> Part:
-    """The deltas of one stored method with their stored values; attached to nothing yet."""
+def _part(method: StoredMethod, body: Body, asked: str) -> Part:
+    """The deltas of one stored method, without values; attached to nothing yet."""
     sites, found = body.sites, body.anatomy
     missing = [key for key in method.sites if key not in sites]
     if missing:
@@ -64,14 +67,18 @@ def _part(index: int, method: StoredMethod, stored: Stored, body: Body, asked: s
     if lost:
         found_there = f"{method.method} has nothing to do at {sorted(lost)[0]}"
         raise GraftError(asked, found_there, "the file was made for another backbone")
-    for site in stored.tensors[index]:
+    return part
+
+
+def _fill(part: Part, tensors: dict[str, dict[str, Tensor]], asked: str) -> None:
+    """Give the deltas their stored values, by site key, and what they share its own."""
+    for site in tensors:
         if site != keys.SHARED and site not in part.deltas:
             raise GraftError(asked, f"tensors of the site {site!r}, which is not among its sites", "restore the file")
     for site, delta in part.deltas.items():
-        _restore(delta, stored.tensors[index].get(site, {}), f"{asked}: {site}")
-    shared = stored.tensors[index].get(keys.SHARED, {})
-    _restore_shared(part.shared_modules, shared, f"{asked}: shared by the sites of {method.method}")
-    return part
+        _restore(delta, tensors.get(site, {}), f"{asked}: {site}")
+    shared = tensors.get(keys.SHARED, {})
+    _restore_shared(part.shared_modules, shared, f"{asked}: shared by the sites of {part.method}")
 
 
 def _restore(delta: Delta, tensors: dict[str, Tensor], asked: str) -> None:

@@ -6,10 +6,11 @@ tile. The file is read once, into memory that stays: its tensors are views, and 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ..core.errors import GraftError
 from .atomic import TENSORS, hidden_tensors
+from .digest import Digest
 from .finite import finite
 
 DTYPES = {
@@ -39,25 +41,49 @@ DTYPES = {
 ALIGNED = 64
 
 
-def read_tensors(folder: Path, digest: str, asked: str) -> dict[str, Tensor]:
-    """The tensors whose bytes have this hash: read once, so that what is checked is what is used."""
-    why = "missing"
-    # the second: a save was cut off between its renames
+@contextmanager
+def reading(folder: Path, digest: str, asked: str) -> Iterator[dict[str, Tensor]]:
+    """The tensors whose bytes have this hash: read once, so that what is checked is what is used.
+
+    The hash is taken while the block runs, which may look at the tensors but write into none. GraftError at its end, in the
+    place of any other, where the bytes have another hash.
+    """
+    asked = f"{asked}: {TENSORS}"
+    data = _file(folder, digest, asked)
+    hashed = Digest(data)
+    try:
+        try:
+            tensors, whole = _views(data, *_header(data))
+        except ValueError as error:
+            raise GraftError(asked, str(error), "restore the file") from error
+        yield _checked(tensors, whole, asked)
+    finally:
+        if hashed.hex() != digest:
+            raise GraftError(asked, _fault(data), "restore the file") from None
+
+
+def _file(folder: Path, digest: str, asked: str) -> memoryview:
+    """The bytes of the file; where a save was cut off between its renames, of that one of two which has this hash."""
+    found = []
     for path in (folder / TENSORS, hidden_tensors(folder, digest)):
         try:
-            data = _bytes(path)
+            found.append(_bytes(path))
         except FileNotFoundError:
             continue
         except OSError as error:
-            raise GraftError(f"{asked}: {path.name}", f"{error.strerror}", "make it readable") from error
-        try:
-            if hashlib.sha256(data).hexdigest() == digest:
-                return _checked(*_views(data, *_header(data)), asked)
-            _header(data)
-            why = "altered: its bytes are not those that adapter.json was written with"
-        except ValueError as error:
-            why = str(error)
-    raise GraftError(f"{asked}: {TENSORS}", why, "restore the file")
+            raise GraftError(asked, f"{path.name}: {error.strerror}", "make it readable") from error
+    if not found:
+        raise GraftError(asked, "missing", "restore the file")
+    return next((data for data in found[:-1] if Digest(data).hex() == digest), found[-1])
+
+
+def _fault(data: memoryview) -> str:
+    """What is wrong with bytes of another hash."""
+    try:
+        _header(data)
+    except ValueError as error:
+        return str(error)
+    return "altered: its bytes are not those that adapter.json was written with"
 
 
 def _bytes(path: Path) -> memoryview:
