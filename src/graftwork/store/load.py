@@ -13,7 +13,7 @@ from ..core.body import Body
 from ..core.delta import Delta
 from ..core.errors import GraftError, nearest
 from ..core.graft import attach, build, check_name
-from ..core.initial import LATER, adopt
+from ..core.initial import Later, adopt
 from ..core.install import check_free
 from ..core.root import body_of
 from . import keys
@@ -62,7 +62,7 @@ def _part(method: StoredMethod, body: Body, asked: str) -> Part:
             f"{first}; {len(missing)} of {len(method.sites)} are missing",
             "load the backbone that it was made for, with the same head",
         )
-    part = build(method.method, [sites[key] for key in method.sites], found, LATER)
+    part = build(method.method, [sites[key] for key in method.sites], found, Later())
     lost = set(method.sites) - set(part.deltas)
     if lost:
         found_there = f"{method.method} has nothing to do at {sorted(lost)[0]}"
