@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import sys
@@ -19,6 +18,7 @@ from ..core.graft import find
 from . import keys
 from .atomic import write_adapter
 from .card import card
+from .digest import Digest
 from .fingerprint import fingerprint
 from .finite import finite
 
@@ -41,7 +41,7 @@ def save(model: nn.Module, name: str, folder: str | Path, resume: bool = False) 
     methods, tensors = _stored(adapter, resume)
     stored, aliases = _once(tensors)
     data = safetensors.torch.save(stored)
-    digest = hashlib.sha256(data).hexdigest()
+    hashed = Digest(data)
     description = {
         "format": FORMAT,
         "name": adapter.name,
@@ -49,14 +49,16 @@ def save(model: nn.Module, name: str, folder: str | Path, resume: bool = False) 
         "parameters": adapter.num_parameters,
         "labels": None if adapter.labels is None else list(adapter.labels),
         "resume": resume,
-        "sha256": digest,
+        "sha256": "",  # still being taken
         "aliases": aliases,
         "backbone": fingerprint(model).to_json(),
         "versions": _versions(),
         "metadata": _plain(adapter.metadata, "metadata"),
     }
-    text = json.dumps(description, indent=1, ensure_ascii=False) + "\n"
-    write_adapter(folder, data, digest, text, card(adapter, description))
+    def described(digest: str) -> str:
+        return json.dumps(description | {"sha256": digest}, indent=1, ensure_ascii=False) + "\n"
+
+    write_adapter(folder, data, hashed, described, card(adapter, description))
     return folder
 
 
