@@ -42,7 +42,9 @@ class Delta(nn.Module):
         # nn.Module's own, with its two commonest cases first: a plain value, and a parameter under a new name. That it asks what
         # else a value may be is a quarter of the time in which the hundreds of deltas of an adapter are built
         own = self.__dict__
-        known = "_modules" not in own or name in own["_parameters"] or name in own["_buffers"] or name in own["_modules"]
+        known = (
+            "_modules" not in own or name in own["_parameters"] or name in own["_buffers"] or name in own["_modules"]
+        )
         if known or isinstance(value, nn.Module):
             super().__setattr__(name, value)
         elif not isinstance(value, Tensor):

@@ -27,9 +27,7 @@ def hidden_tensors(folder: Path, digest: str) -> Path:
     return folder / f"{HIDDEN}{digest[:16]}.safetensors"
 
 
-def write_adapter(
-    folder: Path, tensors: bytes, hashed: Digest, described: Callable[[str], str], card: str
-) -> None:
+def write_adapter(folder: Path, tensors: bytes, hashed: Digest, described: Callable[[str], str], card: str) -> None:
     """Write or replace the three files. GraftError for a folder or disk that refuses; all is then as it was.
 
     hashed: of the tensors, which are written while it is taken;  described(hash): the text of adapter.json.

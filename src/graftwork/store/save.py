@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor, nn
 
 from .. import __version__
@@ -21,6 +20,7 @@ from .card import card
 from .digest import Digest
 from .fingerprint import fingerprint
 from .finite import finite
+from .tensors import NAMES, written
 
 FORMAT = 1
 
@@ -40,7 +40,7 @@ def save(model: nn.Module, name: str, folder: str | Path, resume: bool = False) 
         raise GraftError(f"save into {str(folder)!r}", "a file of that name", "choose a folder")
     methods, tensors = _stored(adapter, resume)
     stored, aliases = _once(tensors)
-    data = safetensors.torch.save(stored)
+    data = written(stored)
     hashed = Digest(data)
     description = {
         "format": FORMAT,
@@ -55,6 +55,7 @@ def save(model: nn.Module, name: str, folder: str | Path, resume: bool = False) 
         "versions": _versions(),
         "metadata": _plain(adapter.metadata, "metadata"),
     }
+
     def described(digest: str) -> str:
         return json.dumps(description | {"sha256": digest}, indent=1, ensure_ascii=False) + "\n"
 
@@ -86,6 +87,10 @@ def _checked(adapter: Adapter, name: str, value: Any) -> Tensor:
         raise GraftError(asked, "no values: it is on the meta device", "give the model its weights first")
     if hasattr(value, "to_local") or hasattr(value, "ds_id"):
         raise GraftError(asked, "only a part of it is in this process", "gather the adapter's parameters first")
+    if value.dtype not in NAMES:
+        raise GraftError(
+            asked, f"numbers of the kind {value.dtype}", "keep them in one of " + ", ".join(NAMES.values())
+        )
     value = value.detach()
     if not finite(value):
         raise GraftError(
