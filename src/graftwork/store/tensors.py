@@ -45,7 +45,9 @@ ALIGNED = 64
 def written(tensors: dict[str, Tensor]) -> bytes:
     """The file of these tensors, each contiguous and on the CPU, of a dtype in NAMES: what `safetensors.torch.save` gives, which
     takes several times as long for small tensors. The widest numbers come first, so that all are aligned."""
-    header, pieces, end = {}, [], 0
+    header: dict[str, dict[str, Any]] = {}
+    pieces: list[Any] = []
+    end = 0
     for name in sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)):
         t = tensors[name]
         header[name] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [end, end + t.nbytes]}
