@@ -76,14 +76,12 @@ def adopt(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         path, _, leaf = name.rpartition(".")
         home = module.get_submodule(path) if path else module
         own = home._parameters.get(leaf)
-        old = home._buffers[leaf] if own is None else own
-        assert old is not None
-        if value.requires_grad or value.dtype != old.dtype or value.device != old.device:
-            value = value.detach().to(old.device, old.dtype)
         if own is not None:
-            own.data = value
+            own.data = value.detach().to(own.device, own.dtype)
         else:
-            home._buffers[leaf] = value
+            old = home._buffers[leaf]
+            assert old is not None
+            home._buffers[leaf] = value.detach().to(old.device, old.dtype)
 
 
 def zeros(t: Tensor, generator: torch.Generator | None = None) -> None:
