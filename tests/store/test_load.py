@@ -235,6 +235,21 @@ def test_altered_tensors(tmp_path: Path, place: float):
     refused(tmp_path, r"adapter\.safetensors", "altered|damaged|truncated|longer")
 
 
+def test_that_a_file_is_altered_is_said_before_all_else(tmp_path: Path):
+    """The hash is taken while the rest is looked at; what else is wrong with a file of other bytes is no matter."""
+    retensor(saved(tmp_path), lambda t: t[UP].view(-1)[:1].fill_(float("nan")))
+    path = tmp_path / "adapter.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    refused(tmp_path, "altered")
+    other = bert(hidden=32)
+    before = look(other)
+    with pytest.raises(gw.GraftError, match="altered"):
+        gw.load(other, tmp_path)
+    assert look(other) == before
+
+
 def test_extra_bytes(tmp_path: Path):
     path = saved(tmp_path) / "adapter.safetensors"
     path.write_bytes(path.read_bytes() + b"more")

@@ -18,7 +18,7 @@ from ..core.body import Body
 from ..core.delta import WeightDelta
 from ..core.errors import GraftError
 from ..core.graft import build, find
-from ..core.initial import LATER
+from ..core.initial import Later
 from ..core.install import check_free
 from ..core.merge import delta_mergeable
 from ..core.root import body_of
@@ -168,7 +168,7 @@ def _made(
     r = max([1, *kept])
     roles = dict.fromkeys(one.site.role for one in spectra)
     method = LoRA(r=r, alpha=float(r), bias=bool(shifts), at=", ".join(roles))
-    part, rows = build(method, [one.site for one in spectra], body.anatomy, LATER), []
+    part, rows = build(method, [one.site for one in spectra], body.anatomy, Later()), []
     for one, k in zip(spectra, kept, strict=True):
         down, up = one.factors(k, r)
         delta = part.deltas[one.site.key]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ..core.method import from_json as method_from_json
 from . import fingerprint, keys
 from .atomic import DESCRIPTION, TENSORS
 from .save import FORMAT
-from .tensors import read_tensors
+from .tensors import reading
 
 PICKLE = "a pickle, which can run any code when it is opened"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -47,8 +48,13 @@ class Stored:
     warnings: tuple[str, ...] = ()
 
 
-def read(folder: Path) -> Stored:
-    """The adapter in this folder. GraftError for anything that is not a whole, unaltered adapter of a known format."""
+@contextmanager
+def read(folder: Path) -> Iterator[Stored]:
+    """The adapter in this folder. GraftError for anything that is not a whole, unaltered adapter of a known format.
+
+    That it is unaltered is known, and refused before anything else, at the end of the block: nothing may write into the
+    tensors, or change what is to stay, within it.
+    """
     asked = f"load {str(folder)!r}"
     _refuse_others(folder, asked)
     description = _description(folder, asked)
@@ -70,9 +76,10 @@ def read(folder: Path) -> Stored:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         found = f"damaged: {type(error).__name__}: {error}"
         raise GraftError(f"{asked}: {DESCRIPTION}", found, "restore the file") from error
-    tensors = _sorted(read_tensors(folder, digest, asked), aliases, len(methods), asked)
     labels = None if labels is None else tuple(labels)
-    return Stored(description["name"], methods, tensors, labels, backbone, description["metadata"])
+    with reading(folder, digest, asked) as named:
+        tensors = _sorted(named, aliases, len(methods), asked)
+        yield Stored(description["name"], methods, tensors, labels, backbone, description["metadata"])
 
 
 def _refuse_others(folder: Path, asked: str) -> None:

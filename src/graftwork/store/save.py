@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import sys
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor, nn
 
 from .. import __version__
@@ -19,8 +17,10 @@ from ..core.graft import find
 from . import keys
 from .atomic import write_adapter
 from .card import card
+from .digest import Digest
 from .fingerprint import fingerprint
 from .finite import finite
+from .tensors import NAMES, written
 
 FORMAT = 1
 
@@ -40,8 +40,8 @@ def save(model: nn.Module, name: str, folder: str | Path, resume: bool = False) 
         raise GraftError(f"save into {str(folder)!r}", "a file of that name", "choose a folder")
     methods, tensors = _stored(adapter, resume)
     stored, aliases = _once(tensors)
-    data = safetensors.torch.save(stored)
-    digest = hashlib.sha256(data).hexdigest()
+    data = written(stored)
+    hashed = Digest(data)
     description = {
         "format": FORMAT,
         "name": adapter.name,
@@ -49,14 +49,17 @@ def save(model: nn.Module, name: str, folder: str | Path, resume: bool = False) 
         "parameters": adapter.num_parameters,
         "labels": None if adapter.labels is None else list(adapter.labels),
         "resume": resume,
-        "sha256": digest,
+        "sha256": "",  # still being taken
         "aliases": aliases,
         "backbone": fingerprint(model).to_json(),
         "versions": _versions(),
         "metadata": _plain(adapter.metadata, "metadata"),
     }
-    text = json.dumps(description, indent=1, ensure_ascii=False) + "\n"
-    write_adapter(folder, data, digest, text, card(adapter, description))
+
+    def described(digest: str) -> str:
+        return json.dumps(description | {"sha256": digest}, indent=1, ensure_ascii=False) + "\n"
+
+    write_adapter(folder, data, hashed, described, card(adapter, description))
     return folder
 
 
@@ -85,6 +88,10 @@ def checked(adapter: Adapter, name: str, value: Any) -> Tensor:
         raise GraftError(asked, "no values: it is on the meta device", "give the model its weights first")
     if hasattr(value, "to_local") or hasattr(value, "ds_id"):
         raise GraftError(asked, "only a part of it is in this process", "gather the adapter's parameters first")
+    if value.dtype not in NAMES:
+        raise GraftError(
+            asked, f"numbers of the kind {value.dtype}", "keep them in one of " + ", ".join(NAMES.values())
+        )
     value = value.detach()
     if not finite(value):
         raise GraftError(
