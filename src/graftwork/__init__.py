@@ -26,6 +26,7 @@ _HOME = {
     "values.similarity": "similarity",
     "values.soup": "nearest_domains clustered_domains metric_weights",
     "values.library": "prototypes clusters",
+    "values.neighbours": "neighbours",
     "methods.weight.lora": "LoRA",
     "methods.weight.full": "Full",
     "methods.weight.dora": "DoRA",

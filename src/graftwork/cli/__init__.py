@@ -16,6 +16,10 @@ COMMANDS = {
     "eval": ("evaluate", "score a trained adapter on labelled data"),
     "show": ("show", "what an adapter is made of and how it was trained"),
     "merge": ("merge", "write backbone and adapter as one plain transformers folder"),
+    "compose": ("compose", "make one new adapter out of several"),
+    "convert": ("convert", "any adapter of weights as plain LoRA"),
+    "extract": ("extract", "a LoRA out of a checkpoint that was tuned as a whole"),
+    "similar": ("similar", "the adapters of a folder that are most like one"),
     "methods": ("methods", "the methods: equation, hyper-parameters, source"),
     "anatomy": ("anatomy", "the parts of a backbone that an adapter can sit on"),
 }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,22 +19,11 @@ from ..core.install import check_free
 from ..core.root import body_of
 from ..core.site import Site
 from . import factors, rules
-from .change import Change, Place, places, weighted_sum
+from .change import Change, weighted_sum
+from .heads import summed_values
 from .hold import Composed, Piece, cut, hold, piece
-
-RANK = ("r", "energy")
-RULES = {
-    "cat": (),
-    "linear": (),
-    "linear_b": (),
-    "svd": RANK,
-    "slerp": RANK,
-    "ties": (*RANK, "density", "majority"),
-    "dare_linear": (*RANK, "density", "seed"),
-    "dare_ties": (*RANK, "density", "seed", "majority"),
-    "magnitude_prune": (*RANK, "density", "scope"),
-}
-DENSITY = {"ties": 0.2, "dare_linear": 0.1, "dare_ties": 0.1, "magnitude_prune": 0.5}
+from .names import DENSITY, RULES
+from .places import Place, places
 
 
 @dataclass(frozen=True)
@@ -97,9 +85,7 @@ def combine(
     _check(weights, how, options, asked)
     adapters = [find(model, n) for n in weights]
     found = places(adapters, body, asked)
-    if head is not None and not any(head in place.chains for place in found.whole):
-        raise GraftError(asked, f"head={head!r}, which has no head among these", f"choose among {', '.join(weights)}")
-    values = _values(found.whole, weights, head, adapters, asked)
+    values = summed_values(found.whole, weights, head, adapters, asked)
     shifts = {}
     for place in found.vectors:
         total = sum(weights[n] * place.shift(n) for n in place.chains)
@@ -182,7 +168,8 @@ def _whole(site: Site, wanted: Change, asked: str) -> Piece:
     if wanted.thin is None and needed * (d_out + d_in) > d_out * d_in:
         found = f"the update at {site.key} [{d_out}, {d_in}] has rank {needed}, as LoRA larger than the weight"
         energy = wanted.spectrum.energy(16)
-        do = f"how='svd' with r or energy; r=16 keeps {energy:.1%} of it there (error {(1 - energy) ** 0.5:.3f})"
+        kept = f"keeps {energy:.1%} of it there (error {(1 - energy) ** 0.5:.3f})"
+        do = f"cut it: how='svd', r=16 (--how svd --rank 16) {kept}"
         raise GraftError(asked, found, do)
     return cut(site, wanted)
 
@@ -224,41 +211,3 @@ def _pruned(matrices: list[Place], how: str, options: Options) -> dict[tuple[str
         kept = rules.keep_largest([place.change(n).dense for place in own], density)
         out |= {(n, place.site.key): t for place, t in zip(own, kept, strict=True)}
     return out
-
-
-def _values(
-    whole: list[Place], weights: Mapping[str, float], head: str | None, adapters: list[Adapter], asked: str
-) -> dict[str, tuple[Site, dict[str, Tensor]]]:
-    """The values of modules that are trained as they are, by path."""
-    labels = {a.name: a.labels for a in adapters if a.labels}
-    if whole and head is None and len(set(labels.values())) > 1:
-        said = "; ".join(f"{n}: {', '.join(words)}" for n, words in labels.items())
-        raise GraftError(asked, f"heads for different labels ({said})", f"keep one adapter's own: head={min(labels)!r}")
-    out: dict[str, tuple[Site, dict[str, Tensor]]] = {}
-    for place in whole:
-        given = {n: chain[0].adapted(place.param, None) for n, chain in place.chains.items()}
-        known = {n: v.detach().to("cpu", torch.float64) for n, v in given.items() if v is not None}
-        base = place.stored
-        base = None if base is None else base.to("cpu", torch.float64)
-        if head is not None:
-            value = known.get(head, base)
-        else:
-            value = _summed(known, weights, base, f"{asked}: {place.site.key}")
-        if value is not None:
-            out.setdefault(place.site.path, (place.site, {}))[1][place.param] = value
-    return out
-
-
-def _summed(known: Mapping[str, Tensor], weights: Mapping[str, float], base: Tensor | None, asked: str) -> Tensor:
-    """V_0 + sum_e w_e (V_e - V_0); where the backbone has no V_0 of that shape, the weights must add up to one."""
-    shapes = {tuple(v.shape) for v in known.values()}
-    if len(shapes) > 1:
-        raise GraftError(asked, f"shapes {sorted(shapes)}", "keep one adapter's own: head='name'")
-    total = sum(weights[n] for n in known)
-    first: Any = sum(weights[n] * v for n, v in known.items())
-    if abs(total - 1) < 1e-9:
-        return first  # type: ignore[no-any-return]
-    if base is None or base.shape != first.shape:
-        found = f"heads that are not the backbone's, with weights that add up to {total:g}"
-        raise GraftError(asked, found, "use weights that add up to 1, or keep one adapter's own: head='name'")
-    return first + (1 - total) * base  # type: ignore[no-any-return]

@@ -18,8 +18,9 @@ from ..core.install import check_free
 from ..core.root import body_of
 from ..core.site import Site
 from ..core.where import select
-from .change import Change, site_of
+from .change import Change
 from .hold import Composed, Piece, cut, hold
+from .places import site_of
 
 
 @torch.no_grad()

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..core.errors import GraftError
 from ..methods.weight.lora import LowRank
-from .change import Place, weighted_sum
+from .change import weighted_sum
 from .hold import Piece, piece
+from .places import Place
 
 
 def merged(place: Place, weights: Mapping[str, float], how: str, asked: str) -> Piece:

@@ -130,9 +130,11 @@ def hold(
 
 
 def inherit(adapter: Adapter, of: Sequence[Adapter]) -> None:
-    """Take the labels and the metadata that all of these adapters have alike."""
+    """Take the labels and the metadata that all of these adapters have alike; what was measured or done of one is not its own."""
     for key, value in of[0].metadata.items() if of else ():
-        if all(key in other.metadata and other.metadata[key] == value for other in of):
+        if key not in ("metrics", "training", "composed") and all(
+            key in other.metadata and other.metadata[key] == value for other in of
+        ):
             adapter.metadata[key] = value
     labels = {other.labels for other in of if other.labels}
     adapter.labels = labels.pop() if len(labels) == 1 else None

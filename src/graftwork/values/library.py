@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ..core.errors import GraftError
 from ..core.graft import find
 from ..core.root import body_of
-from .change import places
 from .parameters import check_alike
+from .places import places
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..core.errors import GraftError
 from ..core.graft import find
 from ..core.root import body_of
-from .change import places
+from .places import places
 
 
 @dataclass(frozen=True)

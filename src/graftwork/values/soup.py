@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +70,8 @@ def metric_weights(
         w_i = m_i^p / sum_j m_j^p,   m = 1 / loss or m = step          (form "power")
         w = softmax(-p z) of the losses' z-scores, softmax(p z) of the steps'  (form "softmax")
 
-    metric: "loss" or "step", a number in adapter.metadata.  p: 0 is the uniform mean, a large one keeps the best only.
+    metric: "loss" or "step", a number in adapter.metadata, or what `graftwork train` wrote there (metrics, training).
+    p: 0 is the uniform mean, a large one keeps the best only.
     Raises GraftError for a checkpoint without that number.  Source: arXiv 2504.18580, whose abstract leaves the form open.
     """
     asked = f"weights by {metric!r} of {', '.join(names)}"
@@ -77,7 +79,7 @@ def metric_weights(
         raise GraftError(f"{asked}, p={p}, form={form!r}", "no such weights", "loss or step, power or softmax, p >= 0")
     values = []
     for n in names:
-        value = find(model, n).metadata.get(metric)
+        value = _metric(find(model, n).metadata, metric)
         if not isinstance(value, int | float) or not 0 < value < math.inf:
             do = f"set gw.adapters(model)[{n!r}].metadata[{metric!r}] to a number above 0"
             raise GraftError(asked, f"{n!r} has {metric}={value!r}", do)
@@ -91,6 +93,11 @@ def metric_weights(
         scores = [sign * p * (v - mean) / spread if spread else 0.0 for v in values]
     powers = [math.exp(s - max(scores)) for s in scores]
     return {n: x / sum(powers) for n, x in zip(names, powers, strict=True)}
+
+
+def _metric(metadata: Mapping[str, Any], metric: str) -> Any:
+    inside, key = {"loss": ("metrics", "loss"), "step": ("training", "steps")}[metric]
+    return metadata.get(metric, (metadata.get(inside) or {}).get(key))
 
 
 def _check_domains(domains: Mapping[str, Tensor], new: Tensor, top: int) -> None:

@@ -12,9 +12,10 @@ from ..core.errors import GraftError
 from ..core.graft import check_name, find
 from ..core.install import check_free
 from ..core.root import body_of
-from .change import Change, places
+from .change import Change
 from .combine import check_weights
 from .hold import Composed, cut, hold
+from .places import places
 
 
 @torch.no_grad()
