@@ -9,7 +9,7 @@ import torch
 from adapter_models import bert, ids, llama
 from torch import nn
 from value_models import by_formula, change, keys, randomly, relative, three, weights_of
-from weight_models import around, gpt2, mixtral
+from weight_models import Attention, around, gpt2, mixtral
 
 import graftwork as gw
 from graftwork.core.errors import GraftError
@@ -68,6 +68,47 @@ def test_merge_linear_cat_svd__other_hosts():
             wanted = target(model, {"a": 1.0, "b": -0.5}, key)
             assert relative(change(model, "cat", key), wanted) < 1e-5
             assert relative(change(model, "svd", key), wanted) < 1e-5
+
+
+@merging
+def test_merge_linear_cat_svd__several_methods_on_one_weight_and_its_bias():
+    """Whatever stands in the two adapters, the sum changes every parameter of the backbone by the sum of their changes."""
+    packed = Attention().eval()
+    randomly(packed, gw.LoRA(r=2, at="q, v"), "a", 1)
+    randomly(packed, gw.IA3(at="k, o"), "b", 2, std=0.1, around=True)
+    whole = bert()
+    randomly(whole, gw.Full(at="q, norm"), "a", 1, std=0.1, around=True)
+    randomly(whole, [gw.LoRA(r=2), gw.LNTuning(), gw.IA3(at="q, down")], "b", 2, std=0.1, around=True)
+    adaptive = bert()
+    randomly(adaptive, [gw.LoRA(r=2, at="q"), gw.DoRA(r=2, at="q")], "a", 1, std=0.1, around=True)
+    randomly(adaptive, gw.AdaLoRA(), "b", 2, std=0.1, around=True)
+    for model, r in ((packed, 12), (whole, 32), (adaptive, 32)):
+        plain, wanted = weights_of(model), {}
+        for name, w in (("a", 0.5), ("b", -1.0)):
+            gw.activate(model, name)
+            gw.merge(model)
+            for n, p in weights_of(model).items():
+                wanted[n] = wanted.get(n, plain[n].double()) + w * (p.double() - plain[n].double())
+            gw.unmerge(model)
+        gw.combine(model, "new", {"a": 0.5, "b": -1.0}, "svd", r=r)
+        gw.merge(model)
+        for n, p in weights_of(model).items():
+            torch.testing.assert_close(p.double(), wanted[n], atol=1e-5, rtol=1e-5)
+
+
+@merging
+def test_merge_linear_cat_svd__half_precision_and_no_values():
+    model = bert().to(torch.bfloat16)
+    randomly(model, gw.LoRA(r=2), "a", 1)
+    randomly(model, gw.LoRA(r=3), "b", 2)
+    made = gw.combine(model, "new", {"a": 0.5, "b": 1.0})
+    assert {p.dtype for p in made.adapter.parameters()} == {torch.bfloat16}
+    assert 1e-4 < made.error < 2**-7  # the factors are rounded, and the report says so
+    with torch.device("meta"):
+        empty = bert()
+    gw.graft(empty, gw.LoRA(r=2), "a", head=False)
+    with pytest.raises(GraftError, match="meta device"):
+        gw.combine(empty, "new", {"a": 1.0})
 
 
 @merging
@@ -316,12 +357,25 @@ def both(ours, theirs, ours_name, theirs_name="new"):
 
 
 @merging
-@pytest.mark.parametrize("how", ["cat", "svd", "linear"])
-@pytest.mark.parametrize("weights", [(0.5, 0.5), (0.3, -1.1)])
-def test_merge_linear_cat_svd__equals_peft(how, weights):
+@pytest.mark.parametrize(
+    ("how", "theirs_is", "weights"),
+    [
+        ("cat", "cat", (0.5, 0.5)),
+        ("cat", "cat", (0.3, -1.1)),
+        ("svd", "svd", (0.5, 0.5)),
+        ("svd", "svd", (0.3, -1.1)),
+        ("linear", "linear", (0.5, 0.5)),
+        ("linear", "linear", (0.3, -1.1)),
+        ("ties", "ties_svd", (1.0, 1.0)),
+        ("magnitude_prune", "magnitude_prune_svd", (0.3, -1.1)),
+    ],
+)
+def test_merge_linear_cat_svd__equals_peft(how, theirs_is, weights):
+    """Where PEFT is right: no rsLoRA, equal weights for the election, a density without rounding."""
     ours, theirs = pair(ranks=(3, 3) if how == "linear" else (2, 4))
-    theirs.add_weighted_adapter(["a", "b"], list(weights), "new", combination_type=how)
-    gw.combine(ours, "new", dict(zip("ab", weights, strict=True)), how)
+    density = {"density": 0.5} if theirs_is.startswith(("ties", "magnitude")) else {}
+    theirs.add_weighted_adapter(["a", "b"], list(weights), "new", combination_type=theirs_is, **density)
+    gw.combine(ours, "new", dict(zip("ab", weights, strict=True)), how, **density)
     for mine, peer in both(ours, theirs, "new").values():
         assert relative(mine, peer) < 1e-5
 

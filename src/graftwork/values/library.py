@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,6 +58,7 @@ def clusters(
     return list(groups.values())
 
 
-def _quantile(values: Tensor, q: float) -> Tensor:
-    """torch.quantile takes 2^24 numbers at most."""
-    return values.kthvalue(max(1, min(values.numel(), round(q * (values.numel() - 1)) + 1))).values
+def _quantile(values: Tensor, q: float) -> float:
+    """The nearest value; torch.quantile takes 2^24 numbers at most."""
+    i = round(q * (values.numel() - 1))
+    return float(np.partition(values.numpy(), i)[i])
