@@ -20,6 +20,10 @@ COMMANDS = {
     "import": ("importing", "read an adapter of another library"),
     "push": ("push", "upload an adapter to the hub"),
     "check": ("check", "what an adapter's files hold, whether they will load, and what they cost"),
+    "compose": ("compose", "make one new adapter out of several"),
+    "convert": ("convert", "any adapter of weights as plain LoRA"),
+    "extract": ("extract", "a LoRA out of a checkpoint that was tuned as a whole"),
+    "similar": ("similar", "the adapters of a folder that are most like one"),
     "methods": ("methods", "the methods: equation, hyper-parameters, source"),
     "anatomy": ("anatomy", "the parts of a backbone that an adapter can sit on"),
 }
