@@ -23,7 +23,18 @@ BELOW: dict[str, set[str]] = {
     "store": {"core"},
     "formats": {"core", "methods", "store"},
     "values": {"core", "methods", "store"},
-    "train": {"core", "methods", "combinators", "schedules", "initialise", "objectives", "systems", "store", "formats", "values"},
+    "train": {
+        "core",
+        "methods",
+        "combinators",
+        "schedules",
+        "initialise",
+        "objectives",
+        "systems",
+        "store",
+        "formats",
+        "values",
+    },
 }
 BELOW["cli"] = {*BELOW, "train"}
 LIMITS = {"core": 300, "methods": 150, "combinators": 150, "formats": 200, "values": 220, "cli": 120}
