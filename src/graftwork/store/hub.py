@@ -149,8 +149,7 @@ def push(
 def _files(folder: Path, asked: str) -> dict[str, bytes]:
     """The files to upload by name. GraftError where they are no whole adapter."""
     if (folder / DESCRIPTION).is_file():
-        with read(folder):
-            pass  # its hash is known at the end
+        read(folder)
         names = [DESCRIPTION, TENSORS, CARD]
     else:
         here = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []

@@ -20,7 +20,7 @@ from ..core.root import body_of
 from . import keys
 from .fingerprint import of_body
 from .finite import finite
-from .read import Stored, StoredMethod, read
+from .read import Stored, StoredMethod, read_ahead
 
 
 def load(model: nn.Module, folder: str | Path, name: str | None = None, trainable: bool = False) -> Adapter:
@@ -31,7 +31,7 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, trainabl
     that is taken; the model is then as it was. Nothing is unpickled, and no path is taken from a file.
     """
     asked = f"load {str(folder)!r}"
-    with read(Path(folder).expanduser()) as stored:
+    with read_ahead(Path(folder).expanduser()) as stored:
         body = body_of(model)
         named, parts = _built(model, body, stored, asked, name)
     return _hung(model, body, stored, asked, named, parts, trainable)

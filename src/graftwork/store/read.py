@@ -48,9 +48,15 @@ class Stored:
     warnings: tuple[str, ...] = ()
 
 
+def read(folder: Path) -> Stored:
+    """The adapter in this folder. GraftError for anything that is not a whole, unaltered adapter of a known format."""
+    with read_ahead(folder) as stored:
+        return stored
+
+
 @contextmanager
-def read(folder: Path) -> Iterator[Stored]:
-    """The adapter in this folder. GraftError for anything that is not a whole, unaltered adapter of a known format.
+def read_ahead(folder: Path) -> Iterator[Stored]:
+    """`read`, whose result can be looked at while the hash of its file is still being taken.
 
     That it is unaltered is known, and refused before anything else, at the end of the block: nothing may write into the
     tensors, or change what is to stay, within it.

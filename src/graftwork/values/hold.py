@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter, Part
 from ..core.body import Body
 from ..core.graft import attach, build
-from ..core.initial import LATER
+from ..core.initial import Later
 from ..core.method import Method
 from ..core.site import Site
 from ..methods.weight.bitfit import BitFit
@@ -141,7 +141,7 @@ def inherit(adapter: Adapter, of: Sequence[Adapter]) -> None:
 
 
 def _part(method: Method, sites: Sequence[Site], body: Body) -> Part:
-    return build(method, sites, body.anatomy, LATER)
+    return build(method, sites, body.anatomy, Later())
 
 
 def _roles(sites: object) -> str:

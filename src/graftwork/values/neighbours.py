@@ -58,7 +58,7 @@ def neighbours(folder: str | Path, among: str | Path) -> list[Neighbour]:
 
 
 def _cosine(one: Stored, other: Stored) -> float | None:
-    if one.backbone.differs(other.backbone):
+    if one.backbone is None or other.backbone is None or one.backbone.differs(other.backbone):
         return None
     here, there = _features(one), _features(other)
     common = [key for key in here if key in there and here[key].shape == there[key].shape]

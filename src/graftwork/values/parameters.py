@@ -16,7 +16,7 @@ from ..core.adapter import Adapter, Part
 from ..core.body import Body
 from ..core.errors import GraftError
 from ..core.graft import attach, build, check_name, find
-from ..core.initial import LATER, adopt
+from ..core.initial import Later, adopt
 from ..core.install import check_free
 from ..core.root import body_of
 from ..methods.weight.full import Full
@@ -133,7 +133,7 @@ def _made(
 def _part(parts: Sequence[Part], rule: Rule, body: Body, asked: str, signed: bool, align: bool) -> Part:
     first = parts[0]
     whole = isinstance(first.method, Full)
-    new = build(first.method, [body.sites[site.key] for site in first.sites], body.anatomy, LATER)
+    new = build(first.method, [body.sites[site.key] for site in first.sites], body.anatomy, Later())
     shared = [_tensors(part.shared_modules) for part in parts]
     if signed and any(not torch.equal(t[n], shared[0][n]) for t in shared for n in t):
         raise GraftError(asked, f"{first.method.name}: what its sites share differs", "use gw.combine, or gw.average")
