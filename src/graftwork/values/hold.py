@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -135,7 +136,7 @@ def inherit(adapter: Adapter, of: Sequence[Adapter]) -> None:
         if key not in ("metrics", "training", "composed") and all(
             key in other.metadata and other.metadata[key] == value for other in of
         ):
-            adapter.metadata[key] = value
+            adapter.metadata[key] = copy.deepcopy(value)
     labels = {other.labels for other in of if other.labels}
     adapter.labels = labels.pop() if len(labels) == 1 else None
 
