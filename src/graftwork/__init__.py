@@ -10,7 +10,8 @@ __version__ = "0.1.0"
 # public name -> module that holds it; imported at first use, so that `import graftwork` costs next to nothing
 _HOME = {
     "core.adapter": "Adapter",
-    "core.algebra": "A parse rows",
+    "core.algebra": "A rows mean drop",
+    "core.grammar": "parse",
     "core.anatomy": "anatomy",
     "core.errors": "GraftError",
     "core.graft": "keep_weights graft activate active using remove adapters step auxiliary_loss calibrate context",

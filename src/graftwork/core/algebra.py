@@ -1,25 +1,30 @@
-"""Expressions over adapters: what is active. `"de >> ner"` applies de, then ner. Every expression has a text form that parses back.
+"""Expressions over adapters: what is active. `"de >> ner"` applies de, then ner; `"0.7*a + 0.3*b"` adds up what a and b change.
 
-expr := term (">>" term)* ;  term := name | '"' any characters '"' | "(" expr ")" | "rows" "(" row ("," row)* ")"
-row  := "none" | expr
-A name is a word of letters, digits and ._/- ; any other name is written in double quotes, and so is one called none.
+Every expression has a text form (see `grammar`) that parses back: `parse(str(e)) == e`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from numbers import Real
+from typing import ClassVar
 
 from .errors import GraftError
 
-WORD, NONE, ROWS = re.compile(r"[\w./-]+"), "none", "rows"
+WORD, NONE = re.compile(r"[\w./][\w./-]*"), "none"
+LAYERS = re.compile(r"\s*-?\d+(\s*-\s*-?\d+)?\s*(,\s*-?\d+(\s*-\s*-?\d+)?\s*)*")
 
 
 @dataclass(frozen=True)
 class Expr:
-    """Base of expressions."""
+    """Base of expressions.  binds: how strongly its text holds together (>> 1, + and - 2, one word or call 3)."""
+
+    binds: ClassVar[int] = 3
 
     def __rshift__(self, other: Expr | str) -> Expr:
         after = as_expr(other)
@@ -30,8 +35,34 @@ class Expr:
     def __rrshift__(self, other: str) -> Expr:
         return as_expr(other) >> self
 
+    def __add__(self, other: Expr | str) -> Expr:
+        return add((1.0, self), (1.0, as_expr(other)))
+
+    def __radd__(self, other: str) -> Expr:
+        return as_expr(other) + self
+
+    def __sub__(self, other: Expr | str) -> Expr:
+        return add((1.0, self), (-1.0, as_expr(other)))
+
+    def __rsub__(self, other: str) -> Expr:
+        return as_expr(other) - self
+
+    def __mul__(self, factor: float) -> Expr:
+        if isinstance(factor, bool) or not isinstance(factor, Real) or not math.isfinite(factor):
+            raise GraftError(f"{factor!r} times {self}", "no finite number", "write it as in 0.5 * gw.A('a')")
+        return add((float(factor), self))
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Expr:
+        return add((-1.0, self))
+
     def names(self) -> tuple[str, ...]:
-        """The adapters it names, in the order they are applied."""
+        """The adapters it names, each once, in the order in which they stand."""
+        return tuple(dict.fromkeys(name for e in self.inner() for name in e.names()))
+
+    def inner(self) -> tuple[Expr, ...]:
+        """The expressions it is made of."""
         raise NotImplementedError
 
 
@@ -44,6 +75,9 @@ class A(Expr):
     def names(self) -> tuple[str, ...]:
         return (self.name,)
 
+    def inner(self) -> tuple[Expr, ...]:
+        return ()
+
     def __str__(self) -> str:
         return self.name if WORD.fullmatch(self.name) and self.name != NONE else json.dumps(self.name)
 
@@ -53,12 +87,59 @@ class Stack(Expr):
     """Several adapters, one after the other at every site."""
 
     of: tuple[Expr, ...]
+    binds: ClassVar[int] = 1
 
-    def names(self) -> tuple[str, ...]:
-        return tuple(name for e in self.of for name in e.names())
+    def inner(self) -> tuple[Expr, ...]:
+        return self.of
 
     def __str__(self) -> str:
-        return " >> ".join(map(str, self.of))
+        return " >> ".join(map(_atom, self.of))
+
+
+@dataclass(frozen=True)
+class Sum(Expr):
+    """The backbone and, at every site, c times what each adapter changes there. of: pairs (c, expression). Made by + - and *."""
+
+    of: tuple[tuple[float, Expr], ...]
+    binds: ClassVar[int] = 2
+
+    def inner(self) -> tuple[Expr, ...]:
+        return tuple(e for _, e in self.of)
+
+    def __str__(self) -> str:
+        text = ""
+        for c, e in self.of:
+            minus = math.copysign(1.0, c) < 0
+            sign = (" - " if minus else " + ") if text else ("-" if minus else "")
+            text += sign + ("" if abs(c) == 1 else f"{_number(abs(c))}*") + _atom(e)
+        return text
+
+
+@dataclass(frozen=True)
+class Mean(Expr):
+    """What the adapters change on average. Made by `mean`."""
+
+    of: tuple[Expr, ...]
+
+    def inner(self) -> tuple[Expr, ...]:
+        return self.of
+
+    def __str__(self) -> str:
+        return f"mean({', '.join(map(str, self.of))})"
+
+
+@dataclass(frozen=True)
+class Drop(Expr):
+    """An expression without what it does in some layers. Made by `drop`."""
+
+    of: Expr
+    layers: str
+
+    def inner(self) -> tuple[Expr, ...]:
+        return (self.of,)
+
+    def __str__(self) -> str:
+        return f"drop({self.of}, layers={json.dumps(self.layers)})"
 
 
 @dataclass(frozen=True)
@@ -67,11 +148,11 @@ class Rows(Expr):
 
     of: tuple[Expr | None, ...]
 
-    def names(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for e in self.of if e is not None for name in e.names()))
+    def inner(self) -> tuple[Expr, ...]:
+        return tuple(e for e in self.of if e is not None)
 
     def __str__(self) -> str:
-        return f"{ROWS}({', '.join(NONE if e is None else str(e) for e in self.of)})"
+        return f"rows({', '.join(NONE if e is None else str(e) for e in self.of)})"
 
 
 def rows(of: Sequence[Expr | str | None]) -> Rows:
@@ -85,10 +166,58 @@ def rows(of: Sequence[Expr | str | None]) -> Rows:
         raise GraftError(f"rows({of!r})", "not a list", "give one name per row, gw.rows(['a', 'b', None])")
     if not of:
         raise GraftError("rows([])", "no row", "give one name per row of the batch, None for the bare backbone")
-    entries = tuple(None if e is None else _row(e) for e in of)
-    if any(isinstance(e, Rows) for e in entries):
-        raise GraftError("rows", "rows inside of rows", "give one list, with an entry for every row of the batch")
-    return Rows(entries)
+    return Rows(tuple(None if e is None else whole("rows", _row(e)) for e in of))
+
+
+def mean(*of: Expr | str) -> Mean:
+    """The mean of adapters: the backbone and 1/n of what each of the n changes, at every site. mean("a", "b") is 0.5*a + 0.5*b."""
+    if not of:
+        raise GraftError("mean()", "no adapter", "give at least one, gw.mean('a', 'b')")
+    return Mean(tuple(whole("mean", as_expr(e)) for e in of))
+
+
+def drop(of: Expr | str, layers: str) -> Drop:
+    """An expression without its deltas in these layers (AdapterDrop, Rücklé et al. 2021); what stands in no layer (a head) stays.
+
+    layers: "0-4" or "0-5,-1", counted in each tower from 0, negative numbers from its end.
+    """
+    if not isinstance(layers, str) or not LAYERS.fullmatch(layers):
+        raise GraftError(f"drop(layers={layers!r})", "no layers", "write them as in layers='0-4,-1'")
+    return Drop(whole("drop", as_expr(of)), layers)
+
+
+def add(*terms: tuple[float, Expr]) -> Expr:
+    """The sum of c times e over the terms (c, e); sums inside are taken apart."""
+    flat: list[tuple[float, Expr]] = []
+    for c, e in terms:
+        flat += [(c * inner, t) for inner, t in e.of] if isinstance(e, Sum) else [(c, whole("a sum", e))]
+    if any(not math.isfinite(c) for c, _ in flat):
+        raise GraftError("a sum of adapters", "a factor that is no finite number", "give smaller factors")
+    return flat[0][1] if len(flat) == 1 and flat[0][0] == 1 else Sum(tuple(flat))
+
+
+def linear(e: Expr) -> list[tuple[float, Expr]]:
+    """The factor of each different expression that e adds up, zeros left out: exact, so that a - a is nothing and mean(a, a) is a."""
+    factors: dict[Expr, Fraction] = {}
+    parts: Sequence[tuple[float | Fraction, Expr]] = ()
+    if isinstance(e, Sum):
+        parts = e.of
+    elif isinstance(e, Mean):
+        parts = [(Fraction(1, len(e.of)), t) for t in e.of]
+    else:
+        return [(1.0, e)]
+    for c, t in parts:
+        for inner, key in linear(t):
+            factors[key] = factors.get(key, Fraction(0)) + Fraction(c) * Fraction(inner)
+    return [(float(c), t) for t, c in factors.items() if c]
+
+
+def whole(word: str, e: Expr) -> Expr:
+    """e, which is not made of rows: these stand outermost."""
+    if isinstance(e, Rows):
+        do = "write rows outermost, with one whole expression for each row: rows(0.5*a, a + b)"
+        raise GraftError(f"{word} with {e}", f"rows inside of {word}", do)
+    return e
 
 
 def _row(given: Expr | str) -> Expr:
@@ -114,84 +243,21 @@ def _terms(e: Expr) -> tuple[Expr, ...]:
     return e.of if isinstance(e, Stack) else (e,)
 
 
+def _atom(e: Expr) -> str:
+    return str(e) if e.binds == Expr.binds else f"({e})"
+
+
+def _number(c: float) -> str:
+    return repr(c).removesuffix(".0").replace("e+", "e")
+
+
 def as_expr(given: Expr | str) -> Expr:
     """An expression, or its text, as an expression."""
     if isinstance(given, Expr):
         return given
     if not isinstance(given, str):
-        raise GraftError(
-            "an expression over adapters", f"{given!r}", "give a name, a text such as 'de >> ner', or None"
-        )
+        do = "give a name, a text such as 'de >> ner', or None"
+        raise GraftError("an expression over adapters", f"{given!r}", do)
+    from .grammar import parse
+
     return parse(given)
-
-
-TOKEN = re.compile(
-    r'\s*(?:(?P<arrow>>>)|(?P<open>\()|(?P<close>\))|(?P<comma>,)|(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<name>[\w./-]+))'
-)
-
-
-def parse(text: str) -> Expr:
-    """The expression of a text; a GraftError points at the character that does not fit."""
-    tokens: list[tuple[str, str, int]] = []
-    at = 0
-    while text[at:].strip():
-        found = TOKEN.match(text, at)
-        if not found:
-            raise _refusal(
-                text, at + len(text[at:]) - len(text[at:].lstrip()), "a character that is no part of an expression"
-            )
-        kind = found.lastgroup or ""
-        tokens.append((kind, found.group(kind), found.start(kind)))
-        at = found.end()
-    tokens.append(("end", "", len(text)))
-    e, rest = _expr(text, tokens, 0)
-    if tokens[rest][0] != "end":
-        raise _refusal(text, tokens[rest][2], "expected >>")
-    return e
-
-
-def _expr(text: str, tokens: list[tuple[str, str, int]], i: int) -> tuple[Expr, int]:
-    e, i = _term(text, tokens, i)
-    while tokens[i][0] == "arrow":
-        other, i = _term(text, tokens, i + 1)
-        e = e >> other
-    return e, i
-
-
-def _term(text: str, tokens: list[tuple[str, str, int]], i: int) -> tuple[Expr, int]:
-    kind, value, at = tokens[i]
-    if kind == "name" and value == ROWS and tokens[i + 1][0] == "open":
-        return _rows(text, tokens, i + 1)
-    if kind == "name":
-        return A(value), i + 1
-    if kind == "quoted":
-        return A(json.loads(value)), i + 1
-    if kind == "open":
-        e, i = _expr(text, tokens, i + 1)
-        if tokens[i][0] != "close":
-            raise _refusal(text, tokens[i][2], "expected )")
-        return e, i + 1
-    raise _refusal(text, at, "expected the name of an adapter")
-
-
-def _rows(text: str, tokens: list[tuple[str, str, int]], i: int) -> tuple[Expr, int]:
-    """What follows the word "rows", from its opening bracket on."""
-    entries: list[Expr | None] = []
-    while not entries or tokens[i][0] == "comma":
-        i += 1
-        if tokens[i][:2] == ("name", NONE) and tokens[i + 1][0] in ("comma", "close"):
-            e: Expr | None = None
-            i += 1
-        else:
-            at = tokens[i][2]
-            e, i = _expr(text, tokens, i)
-            if isinstance(e, Rows):
-                raise _refusal(text, at, "rows inside of rows")
-        entries.append(e)
-    if tokens[i][0] != "close":
-        raise _refusal(text, tokens[i][2], "expected , or )")
-    return Rows(tuple(entries)), i + 1
-
-
-def _refusal(text: str, at: int, found: str) -> GraftError:
-    return GraftError(f"the expression\n    {text}\n    {' ' * at}^", found, "write it as in 'de >> ner'")

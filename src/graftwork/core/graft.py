@@ -19,6 +19,7 @@ from .errors import GraftError, nearest
 from .grafted import armed
 from .initial import Later, drawing_from
 from .method import Method, flatten, from_json
+from .pieces import compiled, deltas_of
 from .site import Site
 from .weight import NO_WEIGHT
 from .where import select
@@ -127,13 +128,14 @@ def activate(model: nn.Module, expression: Expr | str | None) -> None:
     chain = () if e is None else e.names()
     for name in chain:
         find(model, name)
-    for one in e.of if isinstance(e, Rows) else (e,):
-        if one is not None and len(set(one.names())) < len(one.names()):
-            raise GraftError(f"activate {e}", "an adapter stands in it twice", "name each adapter once")
     if root.merged is not None and chain:
         raise GraftError(f"activate {e}", f"{root.merged} is merged into the weights", "call gw.unmerge first")
     rows = grouping.table(root.body.modules, e, root.adapters, root.runtime) if isinstance(e, Rows) else None
-    install.compile_plans(model, chain, None if rows is None or rows.uniform else rows)
+    plain = e.of[0] if isinstance(e, Rows) else e  # where all rows have one, it is the first
+    moves = (
+        [] if plain is None or not (rows is None or rows.uniform) else compiled(plain, root.adapters, root.body.modules)
+    )
+    install.compile_plans(model, deltas_of(moves), None if rows is None or rows.uniform else rows)
     root.runtime.rows = rows
     for name in dict.fromkeys((*root.active, *chain)):  # no other has a parameter that asks for gradients
         for p in root.adapters[name].parameters():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,17 +12,19 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from .adapter import Adapter, Part
+from .adapter import Adapter
 from .algebra import Rows
 from .delta import Delta, WeightDelta
 from .errors import GraftError
 from .likeness import like
 from .method import Method
 from .passes import Runtime
+from .pieces import Move, compiled, deltas_of
 from .plan import channels_first, disjoint
 from .rows import Table, check_order, tensors_of
 from .rowwise import Denses, Diagonals, Lookups, LowRanks
 from .site import Site
+from .sums import OutputSum
 from .together import Attends, Forwards, Linears
 
 # numbers: weights of all rows together that are made at once (128 MiB in float32); larger ones run one adapter at a time
@@ -38,19 +41,21 @@ def table(modules: Mapping[str, nn.Module], rows: Rows, adapters: Mapping[str, A
     if made.uniform:
         return made
     distinct = sorted({str(e): e for e in rows.of if e is not None}.items())
-    chains = [[part for name in e.names() for part in adapters[name].parts] for _, e in distinct]
-    owners = {id(part): name for name, a in adapters.items() for part in a.parts}
-    deltas = [d for chain in chains for part in chain for d in part.deltas.values()]
-    held = {id(t): t for t in tensors_of([*deltas, *(p.shared_modules for chain in chains for p in chain)])}
+    chains = [compiled(e, adapters, modules) for _, e in distinct]
+    moves = [move for chain in chains for move in chain]
+    parts = dict.fromkeys(part for move in moves for part in move.parts)
+    held = {id(t): t for t in tensors_of([*(d for _, d in deltas_of(moves)), *(p.shared_modules for p in parts)])}
     made.parameters = [t for t in held.values() if not t.is_inference()]  # those have no version, and never change
-    made.dropping = next((str(p.method) for chain in chains for p in chain if drops(p.method)), None)
+    made.dropping = next((str(p.method) for p in parts if drops(p.method)), None)
     weights: dict[str, dict[int, list[tuple[Site, WeightDelta]]]] = {}
     spoken: dict[int, str] = {}  # what a refusal calls a delta
     attends: dict[str, tuple[Site, dict[int, list[Delta]]]] = {}
     for slot in slots(chains):
         for site, members in sites(slot):
             for n, delta in members.items():
-                spoken[id(delta)] = f"{slot[n].method.name} of {owners[id(slot[n])]!r}"
+                spoken[id(delta)] = slot[n].text
+                if isinstance(delta, OutputSum) and delta.readers:
+                    raise refusal(slot[n].text, site, distinct[n][0], "it adds up edits that read different inputs")
                 if delta.overrides("around"):
                     raise refusal(spoken[id(delta)], site, distinct[n][0], "it changes the whole pass of a module")
                 if isinstance(delta, WeightDelta) and delta.names():
@@ -86,28 +91,30 @@ def refusal(what: str, site: Site, text: str, found: str) -> GraftError:
     return GraftError(f"one adapter per row: {what} at {site.key}", found, do)
 
 
-def slots(chains: Sequence[Sequence[Part]]) -> list[dict[int, Part]]:
-    """The parts of all chains side by side, methods of one name in one slot, each chain in its own order."""
-    out: list[dict[int, Part]] = []
+def slots(chains: Sequence[Sequence[Move]]) -> list[dict[int, Move]]:
+    """The steps of all chains side by side, like ones in one slot, each chain in its own order."""
+    out: list[dict[int, Move]] = []
     for n, chain in enumerate(chains):
         at = 0
-        for part in chain:
-            same = (i for i in range(at, len(out)) if next(iter(out[i].values())).method.name == part.method.name)
+        for move in chain:
+            same = (i for i in range(at, len(out)) if next(iter(out[i].values())).label == move.label)
             i = next(same, None)
             if i is None:
                 i = at
                 out.insert(i, {})
-            out[i][n] = part
+            out[i][n] = move
             at = i + 1
     return out
 
 
-def sites(slot: Mapping[int, Part]) -> Iterator[tuple[Site, Members]]:
-    """The sites of a slot, each with the deltas that are there."""
-    found: dict[str, tuple[Site, Members]] = {}
-    for n, part in slot.items():
-        for site in part.sites:
-            found.setdefault(site.key, (site, {}))[1][n] = part.deltas[site.key]
+def sites(slot: Mapping[int, Move]) -> Iterator[tuple[Site, Members]]:
+    """The sites of a slot, each with the deltas that are there; a sum may have several at one site, in order."""
+    found: dict[tuple[str, int], tuple[Site, Members]] = {}
+    for n, move in slot.items():
+        seen: Counter[str] = Counter()
+        for site, delta in move.pieces:
+            found.setdefault((site.key, seen[site.key]), (site, {}))[1][n] = delta
+            seen[site.key] += 1
     return iter(found.values())
 
 
@@ -140,7 +147,7 @@ def _steps(made: Table, module: nn.Module, chains: Mapping[int, list[tuple[Site,
             dense[n] = [d for _, d in chain]
         for i, ((site, delta), kind) in enumerate(zip(chain if kinds else (), kinds, strict=True)):
             grouped.setdefault((kind, site.key, i), {})[n] = delta
-    for (kind, key, _), members in grouped.items():
+    for (kind, key, _), members in sorted(grouped.items(), key=lambda item: item[0][2]):  # in each chain's own order
         names = tuple(dict.fromkeys(name for d in members.values() for name in d.names()))  # type: ignore[operator]
         if kind == "factors":
             yield LowRanks(made, key, members, names)
@@ -161,7 +168,7 @@ def _steps(made: Table, module: nn.Module, chains: Mapping[int, list[tuple[Site,
 def fast(module: nn.Module, deltas: Sequence[WeightDelta]) -> list[str]:
     """The forms of one adapter's deltas on a module, or nothing where they do not all have one that the others allow."""
     kinds = [form(module, d) for d in deltas]
-    free = len(deltas) == 1 or all(d.additive for d in deltas) or disjoint(list(deltas))
+    free = all(d.additive for d in deltas[1:]) or disjoint(list(deltas))  # the first sees the backbone's own product
     return kinds if free and "" not in kinds else []
 
 

@@ -124,8 +124,8 @@ def uproot(model: nn.Module, name: str) -> None:
                 p.requires_grad_(True)
 
 
-def compile_plans(model: nn.Module, chain: Sequence[str], rows: Table | None = None) -> None:
-    """Give every module its plan for the adapters in `chain`, or for one per row, and swap classes accordingly: only those that change."""
+def compile_plans(model: nn.Module, pieces: Sequence[tuple[Site, Delta]], rows: Table | None = None) -> None:
+    """Give every module its plan for these deltas in order, or for one expression per row, and swap classes: only those that change."""
     root = root_of(model)
     modules = root.body.modules
     plans: dict[str, Plan] = {}
@@ -139,7 +139,7 @@ def compile_plans(model: nn.Module, chain: Sequence[str], rows: Table | None = N
             rows.host(key, path, modules[path])
         return plans[path]
 
-    for site, delta in _pieces(root, chain) if rows is None else rows.deltas:
+    for site, delta in pieces if rows is None else rows.deltas:
         key = site.key
         _add(plan_of, site, delta)
         attends |= delta.overrides("attend")
@@ -188,14 +188,6 @@ def _above(path: str) -> tuple[str, ...]:
     return "", *(path.rsplit(".", k)[0] for k in range(1, path.count(".") + 1))
 
 
-def _pieces(root: Root, chain: Sequence[str]) -> Iterator[tuple[Site, Delta]]:
-    """The deltas of the adapters in `chain`, in order, each with its site."""
-    for name in chain:
-        for part in root.adapters[name].parts:
-            for site in part.sites:
-                yield site, part.deltas[site.key]
-
-
 def _add(plan_of: Callable[[str], Plan], site: Site, delta: Delta) -> None:
     here = site.path
     out = here if site.exit is None else site.exit
@@ -209,13 +201,15 @@ def _add(plan_of: Callable[[str], Plan], site: Site, delta: Delta) -> None:
         plan_of(here).around.append(delta)
     if delta.overrides("forward"):
         plan_of(out).forward.append((delta, site.d))
-        if delta.source != "input":
-            plan_of(_read_path(site, delta)).capture.append(delta)
+        for place, reader in getattr(delta, "readers", ()) or [(site, delta)]:
+            if reader.source != "input":
+                plan_of(read_path(place, reader)).capture.append(reader)
     if delta.overrides("enter"):
-        plan_of(_read_path(site, delta)).enter.append(delta)
+        plan_of(read_path(site, delta)).enter.append(delta)
 
 
-def _read_path(site: Site, delta: Delta) -> str:
+def read_path(site: Site, delta: Delta) -> str:
+    """The module whose input a delta reads or edits."""
     path = site.norm if delta.source == "norm" or delta.overrides("enter") else site.entry
     if path is None:
         raise GraftError(
@@ -235,7 +229,7 @@ def check_readable(part: Part) -> None:
                 "choose the whole module, or a method of weights (lora)",
             )
         if delta.overrides("enter") or (delta.overrides("forward") and delta.source != "input"):
-            _read_path(site, delta)
+            read_path(site, delta)
 
 
 def _host_path(site: Site, delta: Delta) -> str:

@@ -90,7 +90,8 @@ class Plan:
         if not distinct:
             return
         fast = all(d.view.linear and d.overrides("linear") for d in distinct)
-        if fast and (all(d.additive for d in distinct) or disjoint(distinct)):
+        # the first sees the backbone's own product, so that it need not be additive
+        if fast and (all(d.additive for d in distinct[1:]) or disjoint(distinct)):
             self.linear = [(d, Host(module, d.view, first=i == 0)) for i, d in enumerate(distinct)]
         self.keeps = all(d.lasting for d in distinct) and (not self.linear or any(map(_dear, distinct)))
         if self.keeps:
@@ -171,14 +172,7 @@ class Plan:
         y = first_output(out)
         y0 = y
         for delta, _ in self.forward:
-            read = runtime.state.pop(delta, None) if delta.source != "input" else self._last(x)
-            if read is None:
-                raise GraftError(
-                    f"the {delta.source} of {delta.key}",
-                    "it was not computed before the site's output in this pass",
-                    "this block has another order (post-norm?); choose another position or another `at`",
-                )
-            y = self._stored(delta.forward(read, self._last(y)))
+            y = self._stored(delta.forward(reading(delta, self._last(x), runtime), self._last(y)))
         return y if out is y0 else replace_output(out, y)
 
     def _last(self, t: Any) -> Any:
@@ -202,6 +196,20 @@ def _on_rows(delta: WeightDelta, base: Callable[[Tensor], Tensor], host: Host, x
     new = delta.linear(x, lambda _: part, host)
     # what was not written in place may have kept `part` for the backward pass: y must stay as it is
     return y if new is part else torch.cat([y[..., :a], new, y[..., b:]], dim=-1)
+
+
+def reading(delta: Delta, x: Any, runtime: Runtime) -> Any:
+    """What a delta reads beside the output that it edits: x, the module's input, or what was captured for it in this pass."""
+    if delta.source == "input":
+        return x
+    read = runtime.state.pop(delta, None)
+    if read is None:
+        raise GraftError(
+            f"the {delta.source} of {delta.key}",
+            "it was not computed before the site's output in this pass",
+            "this block has another order (post-norm?); choose another position or another `at`",
+        )
+    return read
 
 
 def disjoint(deltas: list[WeightDelta]) -> bool:

@@ -26,7 +26,7 @@ def select(anatomy: Anatomy, at: str | Callable[[Site], bool], layers: str | Non
     sites = [site for site in anatomy.sites if at(site)] if callable(at) else _by_text(anatomy, at)
     if not sites:
         raise GraftError(f"sites of {anatomy.name} chosen by a function", "none of them was accepted", _known(anatomy))
-    return _in_layers(anatomy, sites, layers) if layers is not None else sites
+    return in_layers(sites, layers) if layers is not None else sites
 
 
 def _by_text(anatomy: Anatomy, at: str) -> list[Site]:
@@ -145,7 +145,8 @@ def telling(site: Site) -> int:
     return late.get(site.role, 0) + (5 if site.rows is not None else 0)
 
 
-def _in_layers(anatomy: Anatomy, sites: list[Site], layers: str) -> list[Site]:
+def in_layers(sites: list[Site], layers: str) -> list[Site]:
+    """Those of the sites that stand in these layers. GraftError where a range of them has none."""
     spans = []
     for part in layers.split(","):
         match = re.fullmatch(r"\s*(-?\d+)(?:\s*-\s*(-?\d+))?\s*", part)

@@ -1,0 +1,175 @@
+"""The text of expressions over adapters: one grammar, one parser; `str` of an expression is its printer.
+
+expr   := sum (">>" sum)*
+sum    := term (("+" | "-") term)*
+term   := "-" term | number "*" term | atom
+atom   := name | "(" expr ")" | "mean" "(" expr ("," expr)* ")" | "drop" "(" expr "," "layers" "=" text ")"
+          | "rows" "(" row ("," row)* ")"
+row    := "none" | expr
+A name is a word of letters, digits and ._/- that does not begin with - ; any other name is written in double quotes, and so is one
+called none. Subtraction has a space around it: a - b, while a-b is a name. A number is a word in front of * .
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+
+from .algebra import LAYERS, NONE, A, Drop, Expr, Mean, Rows, add
+from .errors import GraftError
+
+TOKEN = re.compile(r'\s*(?:(?P<mark>>>|[(),*=+-])|(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<word>[\w./][\w./-]*))')
+NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)([eE]-?\d+)?")
+
+
+def parse(text: str) -> Expr:
+    """The expression of a text; a GraftError points at the character that does not fit."""
+    return _Reader(text).whole()
+
+
+class _Reader:
+    """One pass over the tokens of a text; `at` is the next one."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.at = text, 0
+        self.tokens: list[tuple[str, str, int]] = []  # kind, value, column
+        self.calls: dict[str, Callable[[], Expr]] = {"mean": self.mean, "drop": self.drop, "rows": self.rows}
+        end = 0
+        while rest := text[end:].lstrip():
+            found = TOKEN.match(text, end)
+            if not found:
+                raise self.refusal(len(text) - len(rest), "a character that is no part of an expression")
+            kind = found.lastgroup or ""
+            self.tokens.append((kind, found.group(kind), found.start(kind)))
+            end = found.end()
+        self.tokens.append(("end", "", len(text)))
+
+    def whole(self) -> Expr:
+        e = self.expr()
+        if self.tokens[self.at][0] != "end":
+            raise self.refusal(self.column, "expected >>, + or -")
+        return e
+
+    @property
+    def column(self) -> int:
+        return self.tokens[self.at][2]
+
+    def sees(self, value: str, ahead: int = 0) -> bool:
+        """Whether this mark is the next token, or the one after that."""
+        at = min(self.at + ahead, len(self.tokens) - 1)
+        return self.tokens[at][:2] == ("mark", value)
+
+    def takes(self, value: str) -> bool:
+        """Go past this mark, if it is the next token."""
+        seen = self.sees(value)
+        self.at += seen
+        return seen
+
+    def needs(self, value: str, instead: str = "") -> None:
+        if not self.takes(value):
+            raise self.refusal(self.column, f"expected {instead or value}")
+
+    def expr(self) -> Expr:
+        e = self.sum()
+        while self.takes(">>"):
+            e = e >> self.sum()
+        return e
+
+    def sum(self) -> Expr:
+        e = self.term()
+        while self.sees("+") or self.sees("-"):
+            sign, at = 1.0 if self.sees("+") else -1.0, self.column
+            self.at += 1
+            e = self.added(at, (1.0, e), (sign, self.term()))
+        return e
+
+    def term(self) -> Expr:
+        at, (kind, value, _) = self.column, self.tokens[self.at]
+        if self.takes("-"):
+            return self.added(at, (-1.0, self.term()))
+        if kind == "word" and self.sees("*", 1):
+            if not NUMBER.fullmatch(value) or not math.isfinite(float(value)):
+                raise self.refusal(at, "expected a finite number in front of *")
+            self.at += 2
+            return self.added(at, (float(value), self.term()))
+        return self.atom()
+
+    def atom(self) -> Expr:
+        at, (kind, value, _) = self.column, self.tokens[self.at]
+        if self.takes("("):
+            e = self.expr()
+            self.needs(")")
+            return e
+        if kind not in ("word", "quoted"):
+            raise self.refusal(at, "expected the name of an adapter")
+        self.at += 1
+        if kind == "quoted":
+            return A(self.quoted(value, at))
+        if not self.sees("("):
+            return A(value)
+        if value not in self.calls:
+            raise self.refusal(at, f"no word {value!r}: there are {', '.join(f'{w}(...)' for w in self.calls)}")
+        self.at += 1
+        return self.calls[value]()
+
+    def mean(self) -> Expr:
+        of = [self.inside("mean")]
+        while self.takes(","):
+            of.append(self.inside("mean"))
+        self.needs(")", ", or )")
+        return Mean(tuple(of))
+
+    def drop(self) -> Expr:
+        of = self.inside("drop")
+        self.needs(",", ', layers="0-4"')
+        if self.tokens[self.at][:2] != ("word", "layers"):
+            raise self.refusal(self.column, 'expected layers="0-4"')
+        self.at += 1
+        self.needs("=")
+        at, (kind, value, _) = self.column, self.tokens[self.at]
+        layers = self.quoted(value, at) if kind == "quoted" else ""
+        if not LAYERS.fullmatch(layers):
+            raise self.refusal(at, 'expected layers in quotes, such as "0-4,-1"')
+        self.at += 1
+        self.needs(")")
+        return Drop(of, layers)
+
+    def rows(self) -> Expr:
+        of = [self.row()]
+        while self.takes(","):
+            of.append(self.row())
+        self.needs(")", ", or )")
+        return Rows(tuple(of))
+
+    def row(self) -> Expr | None:
+        if self.tokens[self.at][:2] == ("word", NONE) and (self.sees(",", 1) or self.sees(")", 1)):
+            self.at += 1
+            return None
+        return self.inside("rows")
+
+    def inside(self, word: str) -> Expr:
+        """An expression inside the brackets of `word`, where rows have no place."""
+        at = self.column
+        e = self.expr()
+        if isinstance(e, Rows):
+            raise self.refusal(at, f"rows inside of {word}")
+        return e
+
+    def quoted(self, value: str, at: int) -> str:
+        try:
+            return str(json.loads(value))
+        except ValueError:
+            raise self.refusal(at, "a text in quotes that is not JSON") from None
+
+    def added(self, at: int, *terms: tuple[float, Expr]) -> Expr:
+        """The sum of the terms; a refusal points at its operator."""
+        try:
+            return add(*terms)
+        except GraftError as error:
+            raise self.refusal(at, error.found) from None
+
+    def refusal(self, at: int, found: str) -> GraftError:
+        asked = f"the expression\n    {self.text}\n    {' ' * at}^"
+        return GraftError(asked, found, "write it as in 'de >> ner' or '0.5*a + 0.5*b'")
