@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,7 +42,11 @@ def sum_of(of: list[Expr]) -> Expr:
 
 
 plain = st.recursive(names.map(A), larger, max_leaves=8)
-expressions = st.one_of(plain, st.lists(st.one_of(st.none(), plain), min_size=1, max_size=4).map(gw.rows))
+expressions = st.one_of(
+    plain,
+    st.lists(plain, min_size=2, max_size=4).map(lambda of: functools.reduce(operator.or_, of)),
+    st.lists(st.one_of(st.none(), plain), min_size=1, max_size=4).map(gw.rows),
+)
 
 
 @given(expressions)
@@ -48,7 +55,7 @@ def test_what_is_printed_parses_back(e: Expr) -> None:
 
 
 @given(st.one_of(st.text(), st.text('ab0.5*-+>()," ='), st.lists(st.sampled_from(TOKENS := [
-    "a", "b", "0.5", "*", "+", "-", ">>", "(", ")", ",", "mean", "rows", "drop", "none", "layers", "=", '"0-4"', " ",
+    "a", "b", "0.5", "*", "+", "-", ">>", "|", "(", ")", ",", "mean", "rows", "drop", "none", "layers", "=", '"0-4"', " ",
 ])).map("".join)))  # fmt: skip
 def test_any_text_parses_or_is_refused_by_name(text: str) -> None:
     try:
@@ -83,6 +90,8 @@ def test_stacks_and_sums_are_flat() -> None:
         ('drop(a + b, layers="0-4")', gw.drop(A("a") + "b", "0-4")),
         ("rows(0.5*a + 0.5*b, none)", Rows((0.5 * A("a") + 0.5 * A("b"), None))),
         ("mean + rows", A("mean") + A("rows")),
+        ("a >> b | 0.5*c", (A("a") >> "b") | 0.5 * A("c")),
+        ("a | (b | c)", A("a") | "b" | "c"),
     ],
 )
 def test_what_a_text_means(text: str, meaning: Expr) -> None:
@@ -123,6 +132,11 @@ def test_like_terms_are_exact() -> None:
         ("mean(rows(a))", 5),
         ("rows(a) + b", 8),
         ('"\\x"', 0),
+        ("a |", 3),
+        ("(a | b) >> c", 8),
+        ("a >> (b | c)", 2),
+        ("mean(a | b)", 5),
+        ("rows(a) | b", 8),
     ],
 )
 def test_an_error_points_at_the_character(text: str, column: int) -> None:

@@ -137,6 +137,13 @@ def test_the_same_adapter_in_all_rows_is_the_adapter() -> None:
         assert torch.equal(together(model, [None] * 3, inputs), output(model, inputs))
 
 
+def test_one_adapter_in_two_stacks_that_edits_a_norms_input() -> None:
+    before = gw.Bottleneck(d=4, position="before", at="mlp")
+    model, inputs = grafted("llama", before, gw.LoRA(r=2), before), BY_NAME["llama"].inputs()
+    for names in (["a >> b", "a", None], ["c >> a", "a", "a >> b"]):
+        close(together(model, names, inputs), alone(model, names, inputs))
+
+
 def test_one_row() -> None:
     model, inputs = grafted("bert", gw.DoRA(r=2)), {k: v[:1] for k, v in BY_NAME["bert"].inputs().items()}
     assert torch.equal(together(model, ["a"], inputs), alone(model, ["a"], inputs))

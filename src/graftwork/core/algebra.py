@@ -22,7 +22,7 @@ LAYERS = re.compile(r"\s*-?\d+(\s*-\s*-?\d+)?\s*(,\s*-?\d+(\s*-\s*-?\d+)?\s*)*")
 
 @dataclass(frozen=True)
 class Expr:
-    """Base of expressions.  binds: how strongly its text holds together (>> 1, + and - 2, one word or call 3)."""
+    """Base of expressions.  binds: how strongly its text holds together (| 0, >> 1, + and - 2, one word or call 3)."""
 
     binds: ClassVar[int] = 3
 
@@ -30,7 +30,14 @@ class Expr:
         after = as_expr(other)
         if isinstance(self, Rows) or isinstance(after, Rows):
             return _row_by_row(self, after)
-        return Stack((*_terms(self), *_terms(after)))
+        return Stack(tuple(whole("a stack", e) for e in (*_terms(self), *_terms(after))))
+
+    def __or__(self, other: Expr | str) -> Expr:
+        of = [branch for e in (self, as_expr(other)) for branch in (e.of if isinstance(e, Beside) else (e,))]
+        return Beside(tuple(whole("|", e) for e in of))
+
+    def __ror__(self, other: str) -> Expr:
+        return as_expr(other) | self
 
     def __rrshift__(self, other: str) -> Expr:
         return as_expr(other) >> self
@@ -143,6 +150,20 @@ class Drop(Expr):
 
 
 @dataclass(frozen=True)
+class Beside(Expr):
+    """Several expressions over one batch: the model returns {text of an expression: its output}. Made by |."""
+
+    of: tuple[Expr, ...]
+    binds: ClassVar[int] = 0
+
+    def inner(self) -> tuple[Expr, ...]:
+        return self.of
+
+    def __str__(self) -> str:
+        return " | ".join(map(str, self.of))
+
+
+@dataclass(frozen=True)
 class Rows(Expr):
     """One expression per row of the batch, None for the bare backbone. Made by `rows`."""
 
@@ -213,10 +234,12 @@ def linear(e: Expr) -> list[tuple[float, Expr]]:
 
 
 def whole(word: str, e: Expr) -> Expr:
-    """e, which is not made of rows: these stand outermost."""
+    """e, which is made neither of rows nor of branches: these stand outermost."""
     if isinstance(e, Rows):
         do = "write rows outermost, with one whole expression for each row: rows(0.5*a, a + b)"
         raise GraftError(f"{word} with {e}", f"rows inside of {word}", do)
+    if isinstance(e, Beside):
+        raise GraftError(f"{word} with {e}", f"branches inside of {word}", "write | outermost: a >> b | a >> c")
     return e
 
 

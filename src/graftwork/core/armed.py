@@ -27,22 +27,25 @@ class Armed:
     root: the registry, where the module is the model itself;  overriding: the module's attributes in OVERRIDES read as there;
     reached: the module was called since its plan was made;  cache: adapted parameters during one call of the host;
     plain: its parameters read as they are stored;  attending: its attention call is caught.
+    plans: those of the branches of `a | b`, of which `plan` is the one that runs, or the only one.
+    below: it has no adapter in any branch, and may be called before the first one.
     """
 
-    __slots__ = ("attending", "cache", "overriding", "plain", "plan", "reached", "root", "runtime")
+    __slots__ = ("attending", "below", "cache", "overriding", "plain", "plan", "plans", "reached", "root", "runtime")
 
     def __init__(self, runtime: Runtime, root: Root | None) -> None:
         self.runtime, self.root = runtime, root
-        self.follow(None, overriding=False)
+        self.follow((None,), overriding=False)
 
-    def follow(self, plan: Plan | None, overriding: bool) -> None:
-        """Take a plan, which no pass has reached yet."""
-        self.plan, self.overriding, self.reached = plan, overriding, False
+    def follow(self, plans: tuple[Plan | None, ...], overriding: bool, below: bool = False) -> None:
+        """Take the plan of each branch, which no pass has reached yet."""
+        self.plans, self.plan = plans, plans[0]
+        self.overriding, self.below, self.reached = overriding, below, False
         self.cache: dict[str, Tensor | None] | None = None
         self.plain = self.attending = False
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("runtime", "root", "plan", "overriding", "reached")  # a copy starts outside any call
+        kept = ("runtime", "root", "plan", "plans", "overriding", "below", "reached")  # a copy starts outside any call
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -53,12 +56,20 @@ class Armed:
     def run(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The armed module's forward; `forward` is that of its own class, unbound."""
         runtime, plan = self.runtime, self.plan
+        if runtime.branches is not None and not runtime.running and self.root is None:
+            raise runtime.branches.by_itself(module)
         # a part that is called by itself (the encoder, by `generate`) begins a pass too, unless it is run again backwards
         if not runtime.running and (self.root is not None or not runtime.open):
             return self._pass(module, forward, args, kwargs)
         if plan is None:
+            if self.below and runtime.branches is not None:
+                return runtime.branches.once(module, forward, args, kwargs)
+            if runtime.branches is not None and any(other is not None for other in self.plans):
+                runtime.branches.apart = True  # another branch has an adapter here
             return forward(module, *args, **kwargs)
         self.reached = True
+        if runtime.branches is not None:
+            runtime.branches.apart = True
         if plan.attend:
             return self._attend(module, plan, forward, args, kwargs)
         keeping = plan.keeps and self._keeping(module, plan)
@@ -97,7 +108,15 @@ class Armed:
         try:
             if rows is not None and rows.unknown:
                 rows.look(module, partial(self.run, module, forward), args, kwargs)
-            out = self.run(module, forward, args, kwargs)
+            if runtime.branches is None:
+                out = self.run(module, forward, args, kwargs)
+            else:
+
+                def one(given: dict[str, Any]) -> Any:
+                    runtime.state = {}
+                    return self.run(module, forward, args, given)
+
+                out = runtime.branches.run(one, kwargs, bool(runtime.generating))
         finally:
             runtime.running = False
             runtime.end()
@@ -137,6 +156,8 @@ class Armed:
         plan = self.plan
         if plan is None or self.plain or name not in plan.weights or not self.runtime.open:
             return stored
+        if self.runtime.branches is not None:
+            self.runtime.branches.apart = True
         keeping = plan.keeps and self._keeping(module, plan)
         value = plan.kept(module, name) if keeping else plan.adapted(module, name)
         if self.cache is not None:

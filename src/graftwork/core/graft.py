@@ -1,19 +1,20 @@
-"""The verbs: graft, activate, using, remove, adapters, and the moments of training."""
+"""The verbs: graft, activate, using, remove, adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import grouping, install, labels
 from .adapter import Adapter, Part
-from .algebra import A, Expr, Rows, as_expr
+from .algebra import A, Beside, Expr, Rows, as_expr
 from .anatomy import Anatomy
 from .body import Body
+from .branches import Branches
 from .delta import WeightDelta
 from .errors import GraftError, nearest
 from .grafted import armed
@@ -131,11 +132,16 @@ def activate(model: nn.Module, expression: Expr | str | None) -> None:
     if root.merged is not None and chain:
         raise GraftError(f"activate {e}", f"{root.merged} is merged into the weights", "call gw.unmerge first")
     rows = grouping.table(root.body.modules, e, root.adapters, root.runtime) if isinstance(e, Rows) else None
-    plain = e.of[0] if isinstance(e, Rows) else e  # where all rows have one, it is the first
-    moves = (
-        [] if plain is None or not (rows is None or rows.uniform) else compiled(plain, root.adapters, root.body.modules)
-    )
-    install.compile_plans(model, deltas_of(moves), None if rows is None or rows.uniform else rows)
+    branches = Branches(e, model) if isinstance(e, Beside) else None
+    plain = (
+        e.of[:1] if isinstance(e, Rows) else e.of if isinstance(e, Beside) else (e,)
+    )  # where all rows have one, the first
+    apart = rows is not None and not rows.uniform
+    chains = [
+        deltas_of(compiled(t, root.adapters, root.body.modules)) if t is not None and not apart else () for t in plain
+    ]
+    install.compile_plans(model, chains, rows if apart else None, branches)
+    root.runtime.branches = branches
     root.runtime.rows = rows
     for name in dict.fromkeys((*root.active, *chain)):  # no other has a parameter that asks for gradients
         for p in root.adapters[name].parameters():
@@ -144,14 +150,17 @@ def activate(model: nn.Module, expression: Expr | str | None) -> None:
     root.active, root.expression = chain, None if e is None else str(e)
     stepped = (
         p
-        for a in _active(model)
+        for a in active_adapters(model)
         for part in a.parts
         if "step" in part.method.needs
         for d in part.deltas.values()
         for p in d.parameters()
     )
     root.clock.watch(next(stepped, None))
-    labels.apply(model, labels.common([a.labels for a in _active(model) if a.labels], rows is not None))
+    labels.apply(
+        model,
+        labels.common([a.labels for a in active_adapters(model) if a.labels], rows is not None or branches is not None),
+    )
 
 
 @contextmanager
@@ -199,8 +208,9 @@ def keep_weights(model: nn.Module, on: bool = True) -> None:
     if not on:
         for module in root.armed:
             record = armed(module)
-            if record is not None and record.plan is not None:
-                record.plan.drop_kept()
+            for plan in () if record is None else record.plans:
+                if plan is not None:
+                    plan.drop_kept()
 
 
 def find(model: nn.Module, name: str) -> Adapter:
@@ -215,85 +225,7 @@ def find(model: nn.Module, name: str) -> Adapter:
     return known[name]
 
 
-def step(model: nn.Module, progress: float) -> None:
-    """A moment of training: call it after each optimiser step, before zero_grad. progress: the share of training done, in [0, 1].
-
-    Methods with a schedule (AdaLoRA) take their decisions here.
-    """
-    if not 0 <= progress <= 1:
-        raise GraftError(f"gw.step(progress={progress})", "out of range", "give the share of training done, in [0, 1]")
-    for adapter in _active(model):
-        for part in adapter.parts:
-            part.method.step(part, progress)
-    install.root_of(model).clock.stepped()
-
-
-def auxiliary_loss(model: nn.Module) -> Tensor | float:
-    """The sum of the active deltas' auxiliary losses; 0.0 where there are none. Add it to the task's loss."""
-    terms = [
-        loss for adapter in _active(model) for delta in adapter.deltas() if (loss := delta.auxiliary_loss()) is not None
-    ]
-    return sum(terms[1:], terms[0]) if terms else 0.0
-
-
-def calibrate(
-    model: nn.Module,
-    batches: Iterable[Any],
-    loss: Callable[[nn.Module, Any], Tensor] | None = None,
-) -> None:
-    """A pass over `batches` before training, or as many as asked for, for methods that need data (SNIP masks).
-
-    loss(model, batch) gives the loss whose gradients they see; by default the batch is a mapping, and the loss is model(**batch).loss.
-    The gradients are cleared afterwards.
-    """
-    parts = [part for adapter in _active(model) for part in adapter.parts if "calibrate" in part.method.needs]
-    if not parts:
-        raise GraftError("gw.calibrate", "no active method needs calibration", "leave the call out")
-    batches = list(batches)  # a method may ask for another pass
-    if not batches:
-        raise GraftError("gw.calibrate", "no batch", "give at least one batch")
-    while parts:
-        for part in parts:
-            part.method.calibrating(part)
-        for batch in batches:
-            value = loss(model, batch) if loss is not None else _own_loss(model, batch)
-            for part in parts:
-                part.method.observe(part, value)
-            value.backward()
-            for part in parts:
-                part.method.calibrate(part)
-            for adapter in _active(model):
-                for p in adapter.parameters():
-                    p.grad = None
-        parts = [part for part in parts if part.method.calibrated(part)]
-
-
-def _own_loss(model: nn.Module, batch: Any) -> Tensor:
-    if not isinstance(batch, Mapping):
-        raise GraftError(
-            "gw.calibrate", f"a batch of type {type(batch).__name__}", "give mappings with labels, or loss="
-        )
-    value = getattr(model(**batch), "loss", None)
-    if not isinstance(value, Tensor):
-        raise GraftError("gw.calibrate", "the model returned no loss", "put labels into the batch, or give loss=")
-    return value
-
-
-class context:  # a verb that is also a with-block
-    """Side information for the next batches: gw.context(model, task="mnli"). In a with-statement it holds for the block."""
-
-    def __init__(self, model: nn.Module, **given: Any) -> None:
-        self._runtime = install.root_of(model).runtime
-        self._before = dict(self._runtime.context)
-        self._runtime.context |= given
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: Any) -> None:
-        self._runtime.context = self._before
-
-
-def _active(model: nn.Module) -> list[Adapter]:
+def active_adapters(model: nn.Module) -> list[Adapter]:
+    """The adapters that the active expression names."""
     root = install.root_of(model)
     return [root.adapters[name] for name in root.active]

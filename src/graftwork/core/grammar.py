@@ -1,6 +1,7 @@
 """The text of expressions over adapters: one grammar, one parser; `str` of an expression is its printer.
 
-expr   := sum (">>" sum)*
+expr   := stack ("|" stack)*
+stack  := sum (">>" sum)*
 sum    := term (("+" | "-") term)*
 term   := "-" term | number "*" term | atom
 atom   := name | "(" expr ")" | "mean" "(" expr ("," expr)* ")" | "drop" "(" expr "," "layers" "=" text ")"
@@ -16,11 +17,12 @@ import json
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
-from .algebra import LAYERS, NONE, A, Drop, Expr, Mean, Rows, add
+from .algebra import LAYERS, NONE, A, Drop, Expr, Mean, Rows, add, whole
 from .errors import GraftError
 
-TOKEN = re.compile(r'\s*(?:(?P<mark>>>|[(),*=+-])|(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<word>[\w./][\w./-]*))')
+TOKEN = re.compile(r'\s*(?:(?P<mark>>>|[(),*=+|-])|(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<word>[\w./][\w./-]*))')
 NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)([eE]-?\d+)?")
 
 
@@ -49,7 +51,7 @@ class _Reader:
     def whole(self) -> Expr:
         e = self.expr()
         if self.tokens[self.at][0] != "end":
-            raise self.refusal(self.column, "expected >>, + or -")
+            raise self.refusal(self.column, "expected |, >>, + or -")
         return e
 
     @property
@@ -72,9 +74,17 @@ class _Reader:
             raise self.refusal(self.column, f"expected {instead or value}")
 
     def expr(self) -> Expr:
-        e = self.sum()
+        e, at = self.stack(), self.column
+        while self.takes("|"):
+            e = self.made(at, e.__or__, self.stack())
+            at = self.column
+        return e
+
+    def stack(self) -> Expr:
+        e, at = self.sum(), self.column
         while self.takes(">>"):
-            e = e >> self.sum()
+            e = self.made(at, e.__rshift__, self.sum())
+            at = self.column
         return e
 
     def sum(self) -> Expr:
@@ -82,18 +92,18 @@ class _Reader:
         while self.sees("+") or self.sees("-"):
             sign, at = 1.0 if self.sees("+") else -1.0, self.column
             self.at += 1
-            e = self.added(at, (1.0, e), (sign, self.term()))
+            e = self.made(at, add, (1.0, e), (sign, self.term()))
         return e
 
     def term(self) -> Expr:
         at, (kind, value, _) = self.column, self.tokens[self.at]
         if self.takes("-"):
-            return self.added(at, (-1.0, self.term()))
+            return self.made(at, add, (-1.0, self.term()))
         if kind == "word" and self.sees("*", 1):
             if not NUMBER.fullmatch(value) or not math.isfinite(float(value)):
                 raise self.refusal(at, "expected a finite number in front of *")
             self.at += 2
-            return self.added(at, (float(value), self.term()))
+            return self.made(at, add, (float(value), self.term()))
         return self.atom()
 
     def atom(self) -> Expr:
@@ -150,12 +160,10 @@ class _Reader:
         return self.inside("rows")
 
     def inside(self, word: str) -> Expr:
-        """An expression inside the brackets of `word`, where rows have no place."""
+        """An expression inside the brackets of `word`, where rows and branches have no place."""
         at = self.column
         e = self.expr()
-        if isinstance(e, Rows):
-            raise self.refusal(at, f"rows inside of {word}")
-        return e
+        return self.made(at, whole, word, e)
 
     def quoted(self, value: str, at: int) -> str:
         try:
@@ -163,10 +171,10 @@ class _Reader:
         except ValueError:
             raise self.refusal(at, "a text in quotes that is not JSON") from None
 
-    def added(self, at: int, *terms: tuple[float, Expr]) -> Expr:
-        """The sum of the terms; a refusal points at its operator."""
+    def made(self, at: int, make: Callable[..., Expr], *of: Any) -> Expr:
+        """make(*of), whose refusal points at its operator."""
         try:
-            return add(*terms)
+            return make(*of)
         except GraftError as error:
             raise self.refusal(at, error.found) from None
 

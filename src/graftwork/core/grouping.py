@@ -24,7 +24,7 @@ from .plan import channels_first, disjoint
 from .rows import Table, check_order, tensors_of
 from .rowwise import Denses, Diagonals, Lookups, LowRanks
 from .site import Site
-from .sums import OutputSum
+from .sums import EnterSum, OutputSum
 from .together import Attends, Forwards, Linears
 
 # numbers: weights of all rows together that are made at once (128 MiB in float32); larger ones run one adapter at a time
@@ -54,7 +54,7 @@ def table(modules: Mapping[str, nn.Module], rows: Rows, adapters: Mapping[str, A
         for site, members in sites(slot):
             for n, delta in members.items():
                 spoken[id(delta)] = slot[n].text
-                if isinstance(delta, OutputSum) and delta.readers:
+                if (isinstance(delta, OutputSum) and delta.readers) or isinstance(delta, EnterSum):
                     raise refusal(slot[n].text, site, distinct[n][0], "it adds up edits that read different inputs")
                 if delta.overrides("around"):
                     raise refusal(spoken[id(delta)], site, distinct[n][0], "it changes the whole pass of a module")

@@ -27,8 +27,10 @@ from .root import Root, body_of, graft_in, is_grafted, root_of
 from .site import Site
 
 if TYPE_CHECKING:
+    from .branches import Branches
     from .rows import Table
 
+Pieces = Sequence[tuple[Site, Delta]]
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -124,12 +126,49 @@ def uproot(model: nn.Module, name: str) -> None:
                 p.requires_grad_(True)
 
 
-def compile_plans(model: nn.Module, pieces: Sequence[tuple[Site, Delta]], rows: Table | None = None) -> None:
-    """Give every module its plan for these deltas in order, or for one expression per row, and swap classes: only those that change."""
+def compile_plans(
+    model: nn.Module,
+    chains: Sequence[Pieces],
+    rows: Table | None = None,
+    branches: Branches | None = None,
+) -> None:
+    """Give every module its plan for these deltas in order, and swap classes accordingly: only those that change.
+
+    chains: those of one expression, or of each of the branches;  rows: where given, its groups stand for them.
+    """
     root = root_of(model)
     modules = root.body.modules
-    plans: dict[str, Plan] = {}
     bypassable: set[str] = set()
+    made = [_plans(root, chain, rows, bypassable) for chain in chains]
+    planned = {path for plans in made for path in plans}
+    above = {over for path in planned for over in _above(path)}
+    if branches is not None:
+        above.add("")
+    bypassed = {over for path in bypassable for over in _above(path)}
+    below = set() if branches is None else set(branches.below(modules, planned, above))
+    reached = above | below | root.statistics if planned or branches is not None else set()
+    before, root.armed, root.checked = root.armed, [], False
+    for path in sorted(reached | planned):
+        module, own = modules[path], tuple(plans.get(path) for plans in made)
+        if path not in planned and path and isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            continue
+        record = armed(module) or Armed(root.runtime, root if path == "" else None)
+        record.follow(own, overriding=path in root.statistics or path in bypassed, below=path in below)
+        for plan in own:
+            if plan is not None and rows is None:
+                plan.compile(module)
+        arm(module, tuple({name for plan in own if plan is not None for name in plan.weights}), record)
+        root.armed.append(module)
+        if branches is not None:
+            branches.records.append(record)
+    kept = set(map(id, root.armed))
+    _disarm(module for module in before if id(module) not in kept)
+
+
+def _plans(root: Root, chain: Pieces, rows: Table | None, bypassable: set[str]) -> dict[str, Plan]:
+    """A plan for each module where something is adapted. bypassable: gets the paths that a fused kernel would pass by."""
+    modules = root.body.modules
+    plans: dict[str, Plan] = {}
     attends, key = False, ""
 
     def plan_of(path: str) -> Plan:
@@ -139,7 +178,7 @@ def compile_plans(model: nn.Module, pieces: Sequence[tuple[Site, Delta]], rows: 
             rows.host(key, path, modules[path])
         return plans[path]
 
-    for site, delta in pieces if rows is None else rows.deltas:
+    for site, delta in chain if rows is None else rows.deltas:
         key = site.key
         _add(plan_of, site, delta)
         attends |= delta.overrides("attend")
@@ -153,21 +192,7 @@ def compile_plans(model: nn.Module, pieces: Sequence[tuple[Site, Delta]], rows: 
             plan_of(path).weights.setdefault(name, []).append(step)  # type: ignore[arg-type]
     if attends:
         register_interface()
-    bypassed = {above for path in bypassable for above in _above(path)}
-    reached = {above for path in plans for above in _above(path)} | root.statistics if plans else set()
-    before, root.armed, root.checked = root.armed, [], False
-    for path in sorted(reached | plans.keys()):
-        module, plan = modules[path], plans.get(path)
-        if plan is None and path and isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            continue
-        record = armed(module) or Armed(root.runtime, root if path == "" else None)
-        record.follow(plan, overriding=path in root.statistics or path in bypassed)
-        if plan is not None and rows is None:
-            plan.compile(module)
-        arm(module, () if plan is None else tuple(plan.weights), record)
-        root.armed.append(module)
-    kept = set(map(id, root.armed))
-    _disarm(module for module in before if id(module) not in kept)
+    return plans
 
 
 def disarm_all(model: nn.Module) -> None:

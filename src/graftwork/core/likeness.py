@@ -95,13 +95,17 @@ MASK = ""  # the name of the padding mask beside those of the context
 
 
 @contextmanager
-def narrowed(runtime: Runtime, sides: Mapping[str, Any], closed: bool = False) -> Iterator[None]:
-    """Inside this block the pass shows the mask and the context of some rows only; closed: and no state."""
+def narrowed(
+    runtime: Runtime, sides: Mapping[str, Any], closed: bool = False, state: dict[Any, Any] | None = None
+) -> Iterator[None]:
+    """Inside this block the pass shows the mask and the context of some rows only; closed: and no state;  state: and this one."""
     before = runtime.mask, runtime.context, runtime.state
     runtime.mask = sides.get(MASK)
     runtime.context = {name: value for name, value in sides.items() if name != MASK}
     if closed:
         runtime.state = _Closed()
+    elif state is not None:
+        runtime.state = state
     try:
         yield
     finally:

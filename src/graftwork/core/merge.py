@@ -25,6 +25,8 @@ def merge(model: nn.Module) -> None:
     expression = active(model)
     if expression is None:
         raise GraftError("merge", "no adapter is active", "call gw.activate first")
+    if root.runtime.branches is not None:
+        raise GraftError(f"merge {expression}", "a weight is one for all branches", "activate one branch, then merge")
     if root.runtime.rows is not None:
         raise GraftError(f"merge {expression}", "a weight is the same for all rows", "activate one adapter, then merge")
     for name in root.active:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from .branches import Branches
     from .rows import Table
 
 
@@ -27,6 +28,7 @@ class Runtime:
     keeps_weights: inference passes keep adapted weights that are dear to make, set by `gw.keep_weights`.
     rows: which adapter each row has, while `rows(...)` is active;  stacks: tensors of many adapters as one, kept for the next `rows`;
     by_rows: modules, by path, that are known to have the batch along axis 0, and whether several entries there belong to one row.
+    branches: what each of several expressions side by side needs, while `a | b` is active.
     generating: inside `model.generate`, where a row of the batch may have become several.
     """
 
@@ -37,6 +39,7 @@ class Runtime:
         self.mask: Tensor | None = None
         self.keeps_weights = True
         self.rows: Table | None = None
+        self.branches: Branches | None = None
         self.stacks: dict[Any, Any] = {}
         self.by_rows: dict[str, bool] = {}
         self.generating = 0
@@ -44,7 +47,7 @@ class Runtime:
     def __getstate__(self) -> dict[str, Any]:
         # a copied or pickled model starts outside any pass
         outside = {"running": False, "state": {}, "mask": None, "stacks": {}, "generating": 0}
-        kept = {name: getattr(self, name) for name in ("context", "rows", "keeps_weights", "by_rows")}
+        kept = {name: getattr(self, name) for name in ("context", "rows", "branches", "keeps_weights", "by_rows")}
         return kept | outside
 
     @contextmanager

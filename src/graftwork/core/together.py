@@ -73,7 +73,9 @@ class Like(Group):
             at = [n for n, row in enumerate(self.covered) if self.places[row] == i]
             side, shared = self.table.sides([self.covered[n] for n in at])
             xs = [t[self.table.at(at, t.device)] for t in ts]
-            with narrowed(self.table.runtime, shared | {name: t.flatten(0, 1) for name, t in side.items()}):
+            # one delta may serve two expressions: what it keeps from a norm's input to the output is that of these rows
+            own = self.table.runtime.state.setdefault((self, i), {})
+            with narrowed(self.table.runtime, shared | {name: t.flatten(0, 1) for name, t in side.items()}, state=own):
                 y = call(delta, function, tuple(x.flatten(0, 1) for x in xs), fixed)
             outs.append(y.unflatten(0, xs[0].shape[:2]))
             order += at

@@ -21,8 +21,9 @@ from .. import (
 )
 from ..core.adapter import Adapter
 from ..core.errors import GraftError
-from ..core.graft import activate, calibrate, graft, remove
+from ..core.graft import activate, graft, remove
 from ..core.install import base_parameters
+from ..core.moments import calibrate
 from ..core.text import parse_methods
 from ..store import load as load_adapter
 from ..store import save
