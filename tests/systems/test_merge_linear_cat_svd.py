@@ -402,6 +402,8 @@ def test_merge_linear_cat_svd__where_peft_is_wrong_with_rslora():
     [
         ({"a": 1.0, "x": 1.0}, "cat", {}, "the adapter 'x'"),
         ({}, "cat", {}, "no adapters"),
+        (["a", "b"], "cat", {}, "no adapters with weights"),
+        (None, "cat", {}, "no adapters with weights"),
         ({"a": float("nan")}, "cat", {}, "finite number"),
         ({"a": float("inf")}, "cat", {}, "finite number"),
         ({"a": "0.5"}, "cat", {}, "finite number"),

@@ -76,7 +76,7 @@ def combine(
     a weight that is no finite number, a method that changes activations, an option without effect.
     Sources: HF PEFT's add_weighted_adapter; arXiv 2306.01708 (TIES), 2311.03099 (DARE).
     """
-    asked = f"combine {' + '.join(f'{w}*{n}' for n, w in weights.items())} by {how!r}" if weights else "combine nothing"
+    asked = f"combine {spelled(weights)} by {how!r}"
     options = Options(r, energy, density, majority, scope, seed)
     body = body_of(model)
     check_free(model, body)
@@ -96,10 +96,17 @@ def combine(
     return hold(model, body, name, pieces, shifts, values, adapters, owner, recipe=recipe)  # type: ignore[arg-type]
 
 
+def spelled(weights: object) -> str:
+    """A weighted sum as text; what is none, as Python shows it."""
+    if not isinstance(weights, Mapping) or not weights:
+        return repr(weights)
+    return " + ".join(f"{w}*{n}" for n, w in weights.items())
+
+
 def check_weights(weights: Mapping[str, float], asked: str) -> None:
     """GraftError unless there are some, all finite numbers."""
     if not isinstance(weights, Mapping) or not weights:
-        raise GraftError(asked, "no adapters", "give their names and weights, {'a': 0.5, 'b': 0.5}")
+        raise GraftError(asked, "no adapters with weights", "give their names and weights, {'a': 0.5, 'b': 0.5}")
     for n, w in weights.items():
         number = isinstance(w, int | float) and not isinstance(w, bool)
         if not number or w - w != 0:  # infinities and NaN

@@ -20,7 +20,7 @@ from ..core.initial import Later, adopt
 from ..core.install import check_free
 from ..core.root import body_of
 from ..methods.weight.full import Full
-from .combine import check_weights
+from .combine import check_weights, spelled
 from .deviation import neutral
 from .hold import inherit
 from .transport import aligned
@@ -66,7 +66,7 @@ def arithmetic(model: nn.Module, name: str, weights: Mapping[str, float]) -> Ada
     Raises GraftError, with the model as it was, where methods, sites or shapes differ, or for a method whose effect is
     proportional to none of its tensors.  Source: arXiv 2306.14870; hkust-nlp/PEM_composition.
     """
-    asked = f"add {' + '.join(f'{w}*{n}' for n, w in weights.items())}" if weights else "add nothing"
+    asked = f"add {spelled(weights)}"
     check_weights(weights, asked)
 
     def total(values: list[Tensor], start: Tensor | None, whole: bool) -> Tensor:
