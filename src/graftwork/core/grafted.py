@@ -80,7 +80,10 @@ def grafted_class(cls: Any, names: tuple[str, ...]) -> type[nn.Module]:
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._armed.run(self, cls.forward, args, kwargs)
+        record = self.__dict__.get("_armed")
+        if record is None:  # somebody kept this forward (accelerate wraps it), and the module has its own class again
+            return cls.forward(self, *args, **kwargs)
+        return record.run(self, cls.forward, args, kwargs)
 
     namespace: dict[str, Any] = {
         "forward": forward,
