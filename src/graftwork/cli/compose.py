@@ -24,7 +24,7 @@ TERM = re.compile(
 
 def add(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    from ..values.names import RULES
+    from ..values.options import RULES
 
     parser.add_argument("expression", help='folders with weights, "0.5*a + 0.5*b"')
     parser.add_argument("--out", required=True, metavar="FOLDER", help="a new or empty folder")

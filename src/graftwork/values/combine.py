@@ -7,13 +7,12 @@ An adapter that does not act on a weight has no part in it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter
-from ..core.errors import GraftError, nearest
+from ..core.errors import GraftError
 from ..core.graft import check_name, find
 from ..core.install import check_free
 from ..core.root import body_of
@@ -22,20 +21,8 @@ from . import factors, rules
 from .change import Change, weighted_sum
 from .heads import summed_values
 from .hold import Composed, Piece, cut, hold, piece
-from .names import DENSITY, RULES
+from .options import DENSITY, Options, check_options, check_weights, spelled
 from .places import Place, places
-
-
-@dataclass(frozen=True)
-class Options:
-    """What `combine` was given beside the weights; None: not given."""
-
-    r: int | None
-    energy: float | None
-    density: float | None
-    majority: str | None
-    scope: str | None
-    seed: int | None
 
 
 @torch.no_grad()
@@ -82,7 +69,7 @@ def combine(
     check_free(model, body)
     check_name(model, name)
     check_weights(weights, asked)
-    _check(weights, how, options, asked)
+    check_options(weights, how, options, asked)
     adapters = [find(model, n) for n in weights]
     found = places(adapters, body, asked)
     values = summed_values(found.whole, weights, head, adapters, asked)
@@ -94,46 +81,6 @@ def combine(
     recipe = {"of": dict(weights), "how": how, **{k: v for k, v in vars(options).items() if v is not None}}
     owner = None if head is None else find(model, head)
     return hold(model, body, name, pieces, shifts, values, adapters, owner, recipe=recipe)  # type: ignore[arg-type]
-
-
-def spelled(weights: object) -> str:
-    """A weighted sum as text; what is none, as Python shows it."""
-    if not isinstance(weights, Mapping) or not weights:
-        return repr(weights)
-    return " + ".join(f"{w}*{n}" for n, w in weights.items())
-
-
-def check_weights(weights: Mapping[str, float], asked: str) -> None:
-    """GraftError unless there are some, all finite numbers."""
-    if not isinstance(weights, Mapping) or not weights:
-        raise GraftError(asked, "no adapters with weights", "give their names and weights, {'a': 0.5, 'b': 0.5}")
-    for n, w in weights.items():
-        number = isinstance(w, int | float) and not isinstance(w, bool)
-        if not number or w - w != 0:  # infinities and NaN
-            raise GraftError(asked, f"the weight {w!r} of {n!r}", "give a finite number")
-
-
-def _check(weights: Mapping[str, float], how: str, options: Options, asked: str) -> None:
-    if how not in RULES:
-        raise GraftError(asked, f"no such rule{nearest(how, RULES)}", f"choose one of {', '.join(RULES)}")
-    for field in fields(Options):
-        if getattr(options, field.name) is not None and field.name not in RULES[how]:
-            has = ", ".join(RULES[how]) or "no option"
-            raise GraftError(asked, f"{field.name}, which has no effect on {how!r}", f"it has {has}")
-    r, energy, density = options.r, options.energy, options.density
-    if r is not None and (not isinstance(r, int) or isinstance(r, bool) or r < 1):
-        raise GraftError(asked, f"r={r!r}", "give a whole number from 1 on")
-    for word, share in (("energy", energy), ("density", density)):
-        if share is not None and not 0 < share <= 1:
-            raise GraftError(asked, f"{word}={share!r}", f"{word} is a share: above 0, at most 1")
-    if options.majority not in (None, "total", "frequency", "unweighted"):
-        raise GraftError(asked, f"majority={options.majority!r}", "choose total, frequency or unweighted")
-    if options.scope not in (None, "site", "adapter"):
-        raise GraftError(asked, f"scope={options.scope!r}", "choose site or adapter")
-    if how == "slerp" and not (
-        len(weights) == 2 and abs(sum(weights.values()) - 1) < 1e-9 and min(weights.values()) >= 0
-    ):
-        raise GraftError(asked, "slerp goes from one adapter to another", "give two weights, 1 - t and t, t in [0, 1]")
 
 
 def _pieces(

@@ -20,9 +20,9 @@ from ..core.initial import Later, adopt
 from ..core.install import check_free
 from ..core.root import body_of
 from ..methods.weight.full import Full
-from .combine import check_weights, spelled
 from .deviation import neutral
 from .hold import inherit
+from .options import check_weights, spelled
 from .transport import aligned
 
 # (one tensor per adapter, the value without effect, whether it is of a module trained as it is) -> the new tensor

@@ -13,8 +13,8 @@ from ..core.graft import check_name, find
 from ..core.install import check_free
 from ..core.root import body_of
 from .change import Change
-from .combine import check_weights
 from .hold import Composed, cut, hold
+from .options import check_weights
 from .places import places
 
 
