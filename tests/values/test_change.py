@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from graftwork.core.spectrum import of_factors, of_matrix
 from graftwork.values.change import Change, weighted_sum
 from graftwork.values.rules import keep_largest
-from graftwork.values.spectrum import of_factors, of_matrix
 
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 5), st.sampled_from([(), (3,)]))
 seeds = st.integers(0, 2**31)
@@ -73,4 +73,4 @@ def test_energy_and_ranks() -> None:
     assert [one.rank(energy=e) for e in (0.5, 16 / 21 - 1e-9, 0.9, 0.99, 1.0)] == [1, 1, 2, 3, 3]
     assert one.rank(2, 1.0) == 2
     zero = of_matrix(torch.zeros(3, 4))
-    assert (zero.needed, zero.rank(), zero.energy(1)) == (0, 1, 1.0)
+    assert (zero.needed, zero.rank(), zero.energy(1)) == (0, 0, 1.0)

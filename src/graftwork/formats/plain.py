@@ -23,11 +23,11 @@ from ..core.install import check_free
 from ..core.merge import delta_mergeable
 from ..core.root import body_of
 from ..core.site import Site
+from ..core.spectrum import Spectrum, of_factors, of_matrix
 from ..methods.weight.full import Full
 from ..methods.weight.lora import LoRA
 from ..store.save import checked
 from .places import whole_site
-from .spectrum import Spectrum, of_factors, of_matrix
 
 EXACT = 1e-5  # a relative error that the rounding of float32 explains
 Chains = dict[tuple[str, str], list[WeightDelta]]
@@ -71,13 +71,13 @@ def plain_lora(
         raise GraftError(asked, "it adapts no weight", "LoRA holds updates of matrices")
     shifts = _shifts(chains, [site for site, _, _ in updates], body, asked)
     spectra = [_spectrum(*update, asked) for update in updates]
-    for one in spectra if rank is None and energy is None else ():
-        (out, into), needed = one.site.weight.shape[-2:], one.needed
-        if not one.cheap and needed * (out + into) > out * into:
-            found = f"the update at {one.site.key} [{out}, {into}] has rank {needed}, as LoRA larger than the weight"
+    for site, one, cheap in spectra if rank is None and energy is None else ():
+        (out, into), needed = site.weight.shape[-2:], one.needed
+        if not cheap and needed * (out + into) > out * into:
+            found = f"the update at {site.key} [{out}, {into}] has rank {needed}, as LoRA larger than the weight"
             raise GraftError(asked, found, "say how much to keep: rank=16 (--rank 16) or energy=0.99 (--energy 0.99)")
-    kept = [one.rank(rank, energy) for one in spectra]
-    return _made(adapter, heads, spectra, kept, shifts, body)
+    kept = [(site, one, one.rank(rank, energy)) for site, one, _ in spectra]
+    return _made(adapter, heads, kept, shifts, body)
 
 
 def in_words(rows: Sequence[Refactored]) -> str:
@@ -142,42 +142,41 @@ def _adapted(chain: Sequence[WeightDelta], name: str, value: Tensor | None) -> T
     return None if made is None else made.double()
 
 
-def _spectrum(site: Site, chain: Sequence[WeightDelta], stored: Tensor, asked: str) -> Spectrum:
+def _spectrum(site: Site, chain: Sequence[WeightDelta], stored: Tensor, asked: str) -> tuple[Site, Spectrum, bool]:
+    """The update at a site; whether its rank was known to be small."""
     pairs = [delta.factors() if delta.view.rows is None else None for delta in chain]
     known = [pair for pair in pairs if pair is not None]
     if len(known) == len(pairs):
         down, up = torch.cat([a for a, _ in known], dim=-2), torch.cat([b for _, b in known], dim=-1)
-        return of_factors(site, down.double().cpu(), up.double().cpu())
+        return site, of_factors(down.cpu(), up.cpu()), True
     start = torch.zeros_like(stored) if all(delta.additive for delta in chain) else stored
     new = _adapted(chain, site.weight.name, start)
     assert new is not None
     if new.shape != start.shape:
         found = f"{list(new.shape)} in the place of {list(start.shape)} at {site.key}"
         raise GraftError(asked, found, "LoRA holds updates of matrices that keep their shape")
-    return of_matrix(site, site.weight.dense(new - start.double()).cpu())
+    return site, of_matrix(site.weight.dense(new - start.double()).cpu()), False
 
 
 def _made(
     adapter: Adapter,
     heads: Sequence[Part],
-    spectra: Sequence[Spectrum],
-    kept: Sequence[int],
+    spectra: Sequence[tuple[Site, Spectrum, int]],
     shifts: Mapping[str, Tensor],
     body: Body,
 ) -> tuple[Adapter, list[Refactored]]:
-    r = max([1, *kept])
-    roles = dict.fromkeys(one.site.role for one in spectra)
-    method = LoRA(r=r, alpha=float(r), bias=bool(shifts), at=", ".join(roles))
-    part, rows = build(method, [one.site for one in spectra], body.anatomy, Later()), []
-    for one, k in zip(spectra, kept, strict=True):
+    sites, r = [site for site, _, _ in spectra], max([1, *(k for _, _, k in spectra)])
+    method = LoRA(r=r, alpha=float(r), bias=bool(shifts), at=", ".join(dict.fromkeys(site.role for site in sites)))
+    part, rows = build(method, sites, body.anatomy, Later()), []
+    for site, one, k in spectra:
         down, up = one.factors(k, r)
-        delta = part.deltas[one.site.key]
-        shift = shifts.get(one.site.key, up.new_zeros(up.shape[-2]))
+        delta = part.deltas[site.key]
+        shift = shifts.get(site.key, up.new_zeros(up.shape[-2]))
         delta.restore({"down": down, "up": up} | ({"shift": shift} if shifts else {}))
-        dense, own = one.dense(), {n: p.detach().cpu().double() for n, p in delta.named_parameters()}
-        lost, whole = dense - own["up"] @ own["down"], float(dense.norm())
+        own = {n: p.detach().cpu().double() for n, p in delta.named_parameters()}
+        lost, whole = one.dense - own["up"] @ own["down"], float(one.dense.norm())
         error = float(lost.norm()) / whole if whole else 0.0
-        rows.append(Refactored(one.site.key, one.site.weight.shape[-2:], one.needed, k, error))  # type: ignore[arg-type]
+        rows.append(Refactored(site.key, site.weight.shape[-2:], one.needed, k, error))  # type: ignore[arg-type]
     made = Adapter(adapter.name, [part, *heads])
     made.labels, made.metadata = adapter.labels, adapter.metadata
     return made, rows

@@ -9,8 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from . import spectrum
-from .spectrum import Spectrum
+from ..core import spectrum
+from ..core.spectrum import Spectrum
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def piece(site: Site, wanted: Change, down: Tensor, up: Tensor) -> Piece:
 
 def cut(site: Site, wanted: Change, r: int | None = None, energy: float | None = None) -> Piece:
     """By its singular value decomposition: at most rank r, no more than `energy` asks for, None: all there is."""
-    return piece(site, wanted, *wanted.spectrum.factors(wanted.spectrum.rank(r, energy)))
+    return piece(site, wanted, *wanted.spectrum.factors(max(1, wanted.spectrum.rank(r, energy))))
 
 
 @torch.no_grad()

@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 SMALLEST = torch.finfo(torch.float32).eps  # a singular value below this share of the largest is rounding
+PROBES = (32, 128, 512)  # how many random vectors are tried
 
 
 @dataclass(frozen=True)
@@ -34,21 +36,44 @@ class Spectrum:
         return float(squares[..., :r].sum()) / whole if whole else 1.0
 
     def rank(self, r: int | None = None, energy: float | None = None) -> int:
-        """As many singular values as there are, at most r, and no more than keep this share of |D|^2; at least 1."""
+        """How many singular values to keep: the share `energy` of the squares of every matrix, at most r; all that are needed."""
         kept = self.needed
         if energy is not None:
-            kept = next((k for k in range(kept + 1) if self.energy(k) >= energy), kept)
-        return max(1, kept if r is None else min(kept, r))
+            share = self.s.square().cumsum(-1) / self.s.square().sum(-1, keepdim=True).clamp_min(1e-300)
+            kept = min(kept, int((share < energy - 1e-12).sum(-1).max()) + 1)
+        return kept if r is None else min(kept, r)
 
-    def factors(self, r: int) -> tuple[Tensor, Tensor]:
-        """A = sqrt(s) v [*batch, r, in] and B = u sqrt(s) [*batch, out, r]."""
-        root = self.s[..., :r].sqrt()
-        return root[..., None] * self.v[..., :r, :], self.u[..., :r] * root[..., None, :]
+    def factors(self, kept: int, r: int | None = None) -> tuple[Tensor, Tensor]:
+        """A = sqrt(s) v [*batch, r, in] and B = u sqrt(s) [*batch, out, r], zero behind the first `kept`; r: None takes `kept`."""
+        root, r = self.s[..., :kept].sqrt(), kept if r is None else r
+        down, up = root[..., None] * self.v[..., :kept, :], self.u[..., :kept] * root[..., None, :]
+        lack = r - root.shape[-1]
+        return F.pad(down, (0, 0, 0, lack)), F.pad(up, (0, lack))
+
+    @property
+    def dense(self) -> Tensor:
+        """D."""
+        return (self.u * self.s[..., None, :]) @ self.v
 
 
 def of_matrix(dense: Tensor) -> Spectrum:
-    """Of D [*batch, out, in]."""
-    return _settled(*torch.linalg.svd(dense.double(), full_matrices=False))
+    """Of D [*batch, out, in]. One of low rank is found by its products with a few random vectors, far below the cost of all of it.
+
+    Halko, Martinsson and Tropp 2011, algorithm 4.1; what is left outside of the range is checked, so nothing rests on chance.
+    """
+    dense = dense.double()
+    generator = torch.Generator().manual_seed(0)
+    for k in PROBES:
+        if 4 * k > min(dense.shape[-2:]):
+            break
+        probes = torch.randn(dense.shape[-1], k, generator=generator, dtype=dense.dtype)
+        q = torch.linalg.qr(dense @ probes).Q
+        inner = q.mT @ dense
+        left, whole = ((t * t).sum((-2, -1)) for t in (dense - q @ inner, dense))
+        if bool((left <= (SMALLEST / 16) ** 2 * whole).all()):
+            u, s, v = torch.linalg.svd(inner, full_matrices=False)
+            return _settled(q @ u, s, v)
+    return _settled(*torch.linalg.svd(dense, full_matrices=False))
 
 
 def of_factors(down: Tensor, up: Tensor) -> Spectrum:
