@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ from transformers import TrainingArguments
 
 from .. import combinators, methods  # noqa: F401  (they register the names that a file uses)
 from ..core.adapter import Adapter
+from ..core.algebra import Beside, Rows
 from ..core.errors import GraftError
-from ..core.graft import adapters
+from ..core.graft import activate
+from ..core.grammar import parse
 from ..core.merge import forget, merge
 from ..store import load
 from . import backbone, tasks
@@ -156,9 +158,17 @@ class Trained:
         self.processor.save_pretrained(folder)
 
 
-def open_trained(folder: str | Path, name: str | None = None) -> Trained:
+def open_trained(
+    folder: str | Path, name: str | None = None, more: Sequence[str | Path] = (), expression: str | None = None
+) -> Trained:
     """The adapter of this folder on its backbone. name: the backbone's folder or hub name, where it is not what
-    the file says."""
+    the file says.
+
+    more: folders of other adapters of the same backbone, which `expression` may name, each as its folder is called.
+    expression: what is active, e.g. "0.5*sst2 + 0.5*imdb"; None is the adapter of `folder`, whose task is the model's.
+    """
+    places = {Path(place).expanduser().resolve().name: Path(place).expanduser() for place in (folder, *more)}
+    _check(places, folder, more, expression)
     metadata = metadata_of(folder).get("metadata", {})
     if "task" not in metadata:
         raise GraftError(
@@ -174,10 +184,26 @@ def open_trained(folder: str | Path, name: str | None = None) -> Trained:
         if name is None:
             raise GraftError(error.asked, error.found, "name the backbone with --backbone") from error
         raise
-    load(loaded.model, Path(folder).expanduser())
-    [adapter] = adapters(loaded.model).values()
+    for other in more:
+        load(loaded.model, Path(other).expanduser(), Path(other).expanduser().resolve().name)
+    first = None if expression is None else next(iter(places))
+    adapter = load(loaded.model, Path(folder).expanduser(), first)
+    if expression is not None:
+        activate(loaded.model, expression)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Trained(loaded.model.to(device).eval(), adapter, task, loaded.processor)
+
+
+def _check(places: Mapping[str, Path], folder: str | Path, more: Sequence[str | Path], expression: str | None) -> None:
+    """GraftError where several adapters cannot be told apart, or the expression has not one output for every row."""
+    if more and expression is None:
+        raise GraftError("several adapters", "no expression says what is active", "add --adapter 'a >> b'")
+    if len(places) <= len(more):
+        found = ", ".join(Path(place).expanduser().resolve().name for place in (folder, *more))
+        raise GraftError("several adapters", f"folders of one name: {found}", "call each folder otherwise")
+    if expression is not None and expression not in places and isinstance(parse(expression), Rows | Beside):
+        do = "give one expression for all rows; rows and branches are for Python (gw.rows, a | b)"
+        raise GraftError(f"the adapter {expression!r}", "one for each row or output", do)
 
 
 def rows_of(task: Task, texts: Sequence[Any], pairs: Sequence[Any] | None = None) -> list[dict[str, Any]]:
