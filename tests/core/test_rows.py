@@ -43,6 +43,7 @@ METHODS: dict[str, tuple[Any, Any]] = {
     "embedding": (gw.LoRA(r=2, at="embed, q"), gw.LoRA(r=3, at="embed, q")),
     "whole linear": (gw.Full(at="q"), gw.Full(at="q")),
     "mixture": (gw.Mixture(of=gw.LoRA(r=2)), gw.Mixture(of=gw.IA3(), experts=3)),
+    "mixtures of vectors": (gw.Mixture(of=gw.IA3()), gw.Mixture(of=gw.IA3())),
     "generated": (gw.Generated(of=gw.Bottleneck(d=3)), gw.Generated(of=gw.Bottleneck(d=3))),
     "sparse": (gw.Sparse(of=gw.Bottleneck(d=4)), gw.Sparse(of=gw.LoRA(r=4))),
     "lora, bottleneck": (gw.LoRA(r=2), gw.Bottleneck(d=3)),

@@ -70,8 +70,8 @@ class Router(nn.Module):
 
 def merged(experts: Sequence[Delta], router: Router, p: Tensor) -> dict[str, Tensor]:
     """The experts' vectors, mixed for each token: name -> [.., d]."""
-    names = [name for name, _ in experts[0].named_parameters()]
-    return {n: router.mixed(p, torch.stack([e.get_parameter(n) for e in experts])) for n in names}
+    each = [dict(e.named_parameters()) for e in experts]  # not get_parameter: other tensors may stand in their place
+    return {n: router.mixed(p, torch.stack([own[n] for own in each])) for n in each[0]}
 
 
 def are_vectors(delta: Delta) -> bool:
