@@ -1,6 +1,7 @@
 # Plain venv and pip. Every target makes .venv first; nothing but the package index is needed.
 PYTHON ?= python3
 VENV := .venv
+PEER := .venv-adapterhub
 BIN := $(VENV)/bin
 WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
@@ -8,7 +9,7 @@ export GRAFTWORK_DATA ?= $(abspath ../shared/data)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test slow systems check anatomy clean
+.PHONY: demo test test-adapterhub slow systems check anatomy clean
 
 # torch first and pinned: any other build would bring gigabytes of CUDA
 $(VENV)/installed-%: pyproject.toml constraints.txt
@@ -22,6 +23,20 @@ demo: $(VENV)/installed-demo          ## the main job on a real backbone and rea
 
 test: $(VENV)/installed-test          ## all tests but the slow ones
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+# AdapterHub's library needs an older transformers, so it has an environment of its own
+$(PEER)/installed: Makefile constraints.txt
+	test -x $(PEER)/bin/python || $(PYTHON) -m venv $(PEER)
+	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep ^torch== constraints.txt)"
+	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep ^torch== constraints.txt)" \
+		adapters==1.3.0 "transformers~=4.57.0"
+	touch $@
+
+test-adapterhub: $(VENV)/installed-test $(PEER)/installed   ## AdapterHub's own library reads what graftwork writes, and makes the fixtures again
+	$(BIN)/python tests/fixtures/adapterhub/export.py $(PEER)/written
+	$(PEER)/bin/python tests/fixtures/adapterhub/check.py $(PEER)/written
+	rm -rf $(PEER)/made && $(PEER)/bin/python tests/fixtures/adapterhub/make.py $(PEER)/made
+	$(BIN)/python tests/fixtures/adapterhub/same.py $(PEER)/made
 
 slow: $(VENV)/installed-test          ## the tests that take longer than a minute
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow
@@ -39,4 +54,4 @@ anatomy: $(VENV)/installed-test       ## the share of transformers' model types 
 	$(BIN)/python benchmarks/anatomy.py --write docs/anatomy.md
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(PEER)

@@ -23,6 +23,7 @@ from .hosts import HOSTS, Host, fresh
 
 NOT_ACTIVATIONS = "packed_qkv multihead multihead_whole experts"  # parts of a module have no output of their own
 LAYERS = f"linear_square linear_wide linear_read conv1d conv2d conv2d_reflect embedding {NOT_ACTIVATIONS}"
+NOT_ROWS = "conv2d conv2d_reflect packed_qkv multihead multihead_whole experts"
 NOT_ATTENTION = LAYERS.replace("multihead ", "")
 MODELS = "encoder bert llama t5 gpt2 vit"
 PRE_NORM = "llama t5 gpt2 vit"
@@ -60,9 +61,21 @@ SETTINGS: dict[str, list[Setting]] = {
         Setting({"r": 3}, identity=True, refuses=""),
         Setting({"r": 2, "rslora": True, "alpha": 5.0, "at": "linear"}, "rslora", True, hosts="bert gpt2 encoder"),
         Setting({"r": 2, "at": "embed"}, "embed", True, hosts="gpt2 t5"),  # tied to the output layer
+        Setting({"r": 2, "bias": True, "at": "linear"}, "bias", True, hosts="linear_square linear_read conv2d bert"),
+    ],
+    "trainable_tokens": [
+        Setting({"tokens": (2, 0, *range(5, 12))}, identity=True, refuses=f"{NOT_ROWS} encoder vit", from_weight=True),
+        Setting(
+            {"tokens": tuple(range(5, 12)), "at": "embed, lm_head"},
+            "output",
+            True,
+            hosts="gpt2",
+            from_weight=True,
+        ),
     ],
     "full": [
         Setting({"at": "norm"}, "norm", True, refuses="packed_qkv multihead", from_weight=True, thin=EXPERTS),
+        Setting({"at": "linear", "only": ("bias",)}, "bias", True, hosts="linear_square gpt2 bert", from_weight=True),
         Setting({"at": "any", "layers": "-1"}, "layer", True, hosts=MODELS, from_weight=True),
     ],
     "bottleneck": [
@@ -77,6 +90,8 @@ SETTINGS: dict[str, list[Setting]] = {
         Setting(
             {"d": 5, "position": "residual", "scaling": "channel", "norm": "before"}, "residual", True, hosts=PRE_NORM
         ),
+        Setting({"d": 5, "position": "sum", "at": "mlp"}, "sum", True, hosts=PRE_NORM),
+        Setting({"d": 5, "position": "sum", "at": "norm", "init": "bert"}, "sum at norms", False, hosts="bert"),
     ],
     "dora": [
         Setting({"r": 3}, exact=False, from_weight=True, refuses=""),
@@ -84,11 +99,18 @@ SETTINGS: dict[str, list[Setting]] = {
     ],
     "vera": [Setting({"r": 8}, refuses="")],
     "adalora": [Setting({"init_r": 4, "target_r": 2, "every": 1}, refuses="", lr=0.5)],
-    "ia3": [Setting(identity=True, refuses="")],
+    "ia3": [
+        Setting(identity=True, refuses=""),
+        Setting({"side": "input"}, "input", True, hosts="linear_wide conv2d bert llama"),
+        Setting({"side": "output"}, "output", True, hosts="linear_wide conv2d bert llama"),
+    ],
     "bitfit": [Setting(identity=True, refuses="linear_wide embedding experts llama t5")],
     "ln_tuning": [Setting(identity=True, refuses=LAYERS, from_weight=True)],
     "loreft": [Setting({"r": 2, "positions": "p2+s2"}, refuses=NOT_ACTIVATIONS)],
-    "phm": [Setting({"d": 8}, refuses=NOT_ACTIVATIONS)],
+    "phm": [
+        Setting({"d": 8}, refuses=NOT_ACTIVATIONS),
+        Setting({"d": 8, "position": "sum", "at": "mlp"}, "sum", False, hosts=PRE_NORM),
+    ],
     "prefix": [
         Setting({"length": 3, "mid": 8}, identity=False, refuses=NOT_ATTENTION),
         Setting({"length": 3, "reparam": "none"}, "plain", identity=False, hosts="bert llama t5"),

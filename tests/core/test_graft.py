@@ -338,3 +338,18 @@ def test_a_weight_that_changed_its_size_under_an_adapter_says_so() -> None:
         model(torch.tensor([1]))
     gw.remove(model, "default")
     assert model(torch.tensor([8])).shape == (1, 3)
+
+
+def test_a_forward_that_somebody_kept_is_the_bare_one_while_nothing_is_active() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3))
+    x = torch.randn(2, 3)
+    bare = model(x)
+    for p in gw.graft(model, gw.LoRA(r=2, at="linear"), "a", head=False).parameters():
+        nn.init.normal_(p)
+    kept, adapted = model.forward, model(x)
+    inner = model[0].forward
+    assert torch.equal(kept(x), adapted) and not torch.equal(adapted, bare)
+    with gw.using(model, None):
+        assert torch.equal(kept(x), bare) and torch.equal(inner(x), bare)
+    assert torch.equal(kept(x), adapted)

@@ -213,9 +213,9 @@ def test_a_pickle_under_the_name_of_the_tensors(tmp_path: Path):
     assert not (tmp_path / "mark").exists()
 
 
-def test_an_adapter_of_peft(tmp_path: Path):
+def test_a_config_of_no_library_that_is_known(tmp_path: Path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    refused(tmp_path, "HF PEFT")
+    refused(tmp_path, r"adapter_config\.json", r"docs/formats\.md")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.3, 0.7, 0.999])
@@ -233,6 +233,21 @@ def test_altered_tensors(tmp_path: Path, place: float):
     data[int(place * len(data))] ^= 1
     path.write_bytes(bytes(data))
     refused(tmp_path, r"adapter\.safetensors", "altered|damaged|truncated|longer")
+
+
+def test_that_a_file_is_altered_is_said_before_all_else(tmp_path: Path):
+    """The hash is taken while the rest is looked at; what else is wrong with a file of other bytes is no matter."""
+    retensor(saved(tmp_path), lambda t: t[UP].view(-1)[:1].fill_(float("nan")))
+    path = tmp_path / "adapter.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    refused(tmp_path, "altered")
+    other = bert(hidden=32)
+    before = look(other)
+    with pytest.raises(gw.GraftError, match="altered"):
+        gw.load(other, tmp_path)
+    assert look(other) == before
 
 
 def test_extra_bytes(tmp_path: Path):

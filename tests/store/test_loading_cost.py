@@ -14,7 +14,7 @@ from torch import nn
 import graftwork as gw
 from graftwork.core import body, install, root
 from graftwork.store import fingerprint
-from graftwork.store.tensors import read_tensors
+from graftwork.store.tensors import NAMES, reading, written
 
 from .files import bert, logits, saved
 
@@ -86,9 +86,34 @@ def test_what_is_loaded_lies_where_a_grafted_tensor_would(tmp_path: Path, first:
     """Kernels may round otherwise on unaligned numbers. A tensor of odd size in front of the others moves all of them."""
     data = safetensors.torch.save({"a": torch.ones(first), "b": torch.ones(7), "c": torch.ones(5, 3)})
     (tmp_path / "adapter.safetensors").write_bytes(data)
-    found = read_tensors(tmp_path, hashlib.sha256(data).hexdigest(), "load")
+    with reading(tmp_path, hashlib.sha256(data).hexdigest(), "load") as found:
+        pass
     assert {name: t.data_ptr() % 64 for name, t in found.items()} == dict.fromkeys("abc", 0)
     assert all(torch.equal(t, torch.ones_like(t)) for t in found.values()) and found["c"].shape == (5, 3)
+
+
+@pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
+def test_the_file_is_that_of_safetensors(dtype: torch.dtype):
+    """Byte for byte where all numbers are of one kind; of several, safetensors reads the same."""
+    tensors = {"b/down": torch.randn(3, 5), "a": torch.randn(()), "é": torch.ones(0, 3), "c": torch.ones(1)}
+    one_kind = {name: t.to(dtype) for name, t in tensors.items()}
+    assert written(one_kind) == safetensors.torch.save(one_kind)
+    mixed = one_kind | {"z": torch.arange(7, dtype=torch.int16), "y": torch.rand(3, dtype=torch.float64)}
+    found = safetensors.torch.load(written(mixed))
+    assert found.keys() == mixed.keys()
+    for name, t in mixed.items():
+        assert found[name].dtype == t.dtype and found[name].shape == t.shape
+        assert written({"t": found[name]}) == written({"t": t}), name
+
+
+def test_numbers_that_files_do_not_hold_are_refused(tmp_path: Path):
+    model = bert()
+    adapter = gw.graft(model, gw.LoRA(r=3), "a")
+    delta = next(adapter.deltas())
+    delta.register_buffer("odd", torch.zeros(2, dtype=torch.complex128))
+    with pytest.raises(gw.GraftError, match=r"odd(.|\n)*complex128"):
+        gw.save(model, "a", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 def test_two_loads_and_aliases_share_no_numbers(tmp_path: Path):

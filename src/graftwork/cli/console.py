@@ -53,9 +53,11 @@ def quiet() -> None:
     import warnings
 
     import datasets
+    from huggingface_hub.utils import disable_progress_bars
     from transformers.utils import logging
 
     warnings.filterwarnings("ignore", module=r"(transformers|torch|accelerate|datasets)\b.*")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    disable_progress_bars()

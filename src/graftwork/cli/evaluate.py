@@ -12,7 +12,7 @@ from .options import add_expression
 
 def add(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("adapter", help="the folder that graftwork train wrote")
+    parser.add_argument("adapter", help="the folder that graftwork train wrote, or hub:NAME/REPO")
     text = (
         "labelled rows, in any form that graftwork train reads; of several splits, test comes before dev before train"
     )

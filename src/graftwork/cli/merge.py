@@ -13,7 +13,7 @@ from .options import add_expression
 
 def add(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("adapter", help="the folder that graftwork train wrote")
+    parser.add_argument("adapter", help="the folder that graftwork train wrote, or hub:NAME/REPO")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="a new or empty folder")
     parser.add_argument(
         "--backbone", metavar="NAME|FOLDER", help="the backbone, where it is not what the adapter's file says"

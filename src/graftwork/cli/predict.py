@@ -19,7 +19,7 @@ from .options import add_expression
 
 def add(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("adapter", help="the folder that graftwork train wrote")
+    parser.add_argument("adapter", help="the folder that graftwork train wrote, or hub:NAME/REPO")
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="texts (or image files)")
     parser.add_argument("--pair", action="append", metavar="TEXT", help="second text of a pair, once for each text")
     parser.add_argument("--file", metavar="PATH", help="texts from a file")

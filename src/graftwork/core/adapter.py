@@ -46,7 +46,7 @@ class Part:
     @property
     def num_parameters(self) -> int:
         """How many numbers it trains."""
-        sizes = {id(p): p.numel() for m in (self.shared_modules, *self.deltas.values()) for p in m.parameters()}
+        sizes = {id(p): p.numel() for m in (self.shared_modules, *self.deltas.values()) for p in _parameters(m)}
         return sum(sizes.values()) - sum(delta.pruned for delta in self.deltas.values())
 
     def tensors(self) -> dict[str, Tensor]:

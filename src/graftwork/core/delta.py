@@ -38,6 +38,22 @@ class Delta(nn.Module):
     key: str  # the site's key, given by `place`
     pruned: int = 0  # entries of its parameters that are held at zero, and not counted
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # nn.Module's own, with its two commonest cases first: a plain value, and a parameter under a new name. That it asks what
+        # else a value may be is a quarter of the time in which the hundreds of deltas of an adapter are built
+        own = self.__dict__
+        known = (
+            "_modules" not in own or name in own["_parameters"] or name in own["_buffers"] or name in own["_modules"]
+        )
+        if known or isinstance(value, nn.Module):
+            super().__setattr__(name, value)
+        elif not isinstance(value, Tensor):
+            object.__setattr__(self, name, value)
+        elif type(value) is nn.Parameter and name not in own and not hasattr(type(self), name):
+            own["_parameters"][name] = value
+        else:
+            super().__setattr__(name, value)
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The site's output y [..., d], edited."""
         raise NotImplementedError
@@ -75,7 +91,7 @@ class Delta(nn.Module):
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take stored tensors, named as in `state_dict`: they become its own. GraftError for a missing, unknown or misshapen one."""
-        own = self.state_dict()
+        own = self.state_dict(keep_vars=True)
         for name in own.keys() | tensors.keys():
             there, here = tensors.get(name), own.get(name)
             if there is None or here is None or there.shape != here.shape:

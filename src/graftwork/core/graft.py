@@ -18,7 +18,7 @@ from .branches import Branches
 from .delta import WeightDelta
 from .errors import GraftError, nearest
 from .grafted import armed
-from .initial import drawing_from
+from .initial import Later, drawing_from
 from .method import Method, flatten, from_json
 from .pieces import compiled, deltas_of
 from .site import Site
@@ -91,7 +91,7 @@ def check_name(model: nn.Module, name: str) -> None:
         )
 
 
-def build(method: Method, sites: Sequence[Site], found: Anatomy, generator: torch.Generator | object) -> Part:
+def build(method: Method, sites: Sequence[Site], found: Anatomy, generator: torch.Generator | Later) -> Part:
     """A method's deltas for these sites, drawn as in `drawing_from`; nothing is attached yet."""
     part = Part(method, sites, found)
     kept = []

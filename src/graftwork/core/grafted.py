@@ -80,7 +80,10 @@ def grafted_class(cls: Any, names: tuple[str, ...]) -> type[nn.Module]:
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._armed.run(self, cls.forward, args, kwargs)
+        record = self.__dict__.get("_armed")
+        if record is None:  # somebody kept this forward (accelerate wraps it), and the module has its own class again
+            return cls.forward(self, *args, **kwargs)
+        return record.run(self, cls.forward, args, kwargs)
 
     namespace: dict[str, Any] = {
         "forward": forward,
@@ -137,12 +140,12 @@ def arm(module: nn.Module, names: tuple[str, ...], record: Armed) -> None:
     cls = grafted_class(original_class(type(module)), tuple(sorted(names)))
     module.__dict__["_armed"] = record
     if type(module) is not cls:
-        module.__class__ = cls
+        object.__setattr__(module, "__class__", cls)  # past nn.Module's questions of what kind of value it is
 
 
 def disarm(module: nn.Module) -> None:
     """Give the module its own class back."""
-    module.__class__ = original_class(type(module))
+    object.__setattr__(module, "__class__", original_class(type(module)))
     module.__dict__.pop("_armed", None)
 
 

@@ -17,17 +17,31 @@ from torch import Tensor, nn
 
 Initial = Callable[[Tensor, torch.Generator | None], object]
 
-LATER = object()  # instead of a generator: every new tensor is overwritten with a stored one, and need not be drawn
+
+class Later:
+    """Instead of a generator: every new tensor is overwritten with a stored one, and need not be drawn.
+
+    Each is one zero that is seen everywhere, made once for all that have the same shape. It can be looked at, but not written
+    into. Not whatever lies in memory: a method may look at its values (Sparse ranks them).
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[object, ...], Tensor] = {}
+
+    def room(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor of that shape."""
+        made = self._made.get((shape, dtype, device))
+        if made is None or made.numel() == 1:  # a single number could be written into
+            made = self._made[shape, dtype, device] = torch.zeros((), dtype=dtype, device=device).expand(shape)
+        return made.data  # with a version of its own: a count of the writes to all of them would tell nothing
+
 
 _generator: ContextVar[Any] = ContextVar("graftwork_generator", default=None)
 
 
 @contextmanager
-def drawing_from(generator: torch.Generator | object | None) -> Iterator[None]:
-    """Inside this block, `parameter` draws from `generator`.
-
-    From LATER it draws nothing and gives one zero that is seen everywhere: it can be looked at, but not written into.
-    """
+def drawing_from(generator: torch.Generator | Later | None) -> Iterator[None]:
+    """Inside this block, `parameter` draws from `generator`, or, where that is `Later`, draws nothing."""
     token = _generator.set(generator)
     try:
         yield
@@ -42,8 +56,8 @@ def tensor(shape: tuple[int, ...], init: Initial, like: Tensor | None = None) ->
     generator = _generator.get()
     if device.type == "meta":
         return torch.empty(shape, dtype=dtype, device=device)
-    if generator is LATER:  # not whatever lies in memory: a method may look at its values (Sparse ranks them)
-        return torch.zeros((), dtype=dtype, device=device).expand(shape)
+    if isinstance(generator, Later):
+        return generator.room(shape, dtype, device)
     # a drawing scope such as `torch.device("meta")` must not move the draw
     values = torch.empty(shape, dtype=torch.float32, device="cpu")
     with torch.no_grad():

@@ -273,7 +273,7 @@ def _place(root: Root, name: str, i: int, site: Site, delta: Delta) -> tuple[nn.
 def _registered(module: nn.Module, runtime: Runtime) -> Graft:
     """The graft that is a child of `module`."""
     if not isinstance(module._modules.get("graft"), Graft):
-        module.add_module("graft", Graft(runtime))
+        module._modules["graft"] = Graft(runtime)  # `check_free` has seen that the name is free
     return module._modules["graft"]  # type: ignore[return-value]
 
 

@@ -74,14 +74,14 @@ class Plan:
 
     def compile(self, module: nn.Module) -> None:
         """Choose the fast path, once every delta is known."""
-        deltas = [d for chain in self.weights.values() for d in chain]
-        distinct = list(dict.fromkeys(deltas))
+        distinct = list(dict.fromkeys(d for chain in self.weights.values() for d in chain))
+        if not distinct:
+            return
         fast = all(d.view.linear and d.overrides("linear") for d in distinct)
         # the first sees the backbone's own product, so that it need not be additive
-        if distinct and fast and (all(d.additive for d in distinct[1:]) or disjoint(distinct)):
+        if fast and (all(d.additive for d in distinct[1:]) or disjoint(distinct)):
             self.linear = [(d, Host(module, d.view, first=i == 0)) for i, d in enumerate(distinct)]
-        dear = any(10 * d.work() > math.prod(d.view.shape[-2:]) for d in distinct)
-        self.keeps = bool(distinct) and all(d.lasting for d in distinct) and (dear or not self.linear)
+        self.keeps = all(d.lasting for d in distinct) and (not self.linear or any(map(_dear, distinct)))
         if self.keeps:
             sources = (m for d in distinct for source in d.sources() for m in source.modules())
             self._kept = Keeper([module, *sources])
@@ -158,6 +158,12 @@ class Plan:
         return t.movedim(-1, 1) if self.channels_first and t.dim() > 2 else t
 
 
+def _dear(delta: WeightDelta) -> bool:
+    """Whether its fast path costs more than a tenth of the host's own product."""
+    work = delta.work()
+    return work > 0 and 10 * work > math.prod(delta.view.shape[-2:])
+
+
 def _on_rows(delta: WeightDelta, base: Callable[[Tensor], Tensor], host: Host, x: Tensor) -> Tensor:
     """The fast path on a slice of the host's output (q inside a packed qkv)."""
     y = base(x)
@@ -190,6 +196,8 @@ def disjoint(deltas: list[WeightDelta]) -> bool:
 
 def channels_first(module: nn.Module) -> bool:
     """Whether the module's activations are [batch, channels, *space]."""
+    if isinstance(module, nn.Linear):  # most of all sites
+        return False
     if isinstance(module, nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm | nn.GroupNorm):
         return True
     kinds = {_is_conv(m) for m in _own(module) if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear, nn.LayerNorm))}

@@ -121,7 +121,7 @@ def _by_regex(anatomy: Anatomy, token: str, at: str) -> list[Site]:
     # "/attn/" also matches the modules around the weights; they are meant only where nothing below them matches.
     owning = [site for site in hits if site.param in site.module._parameters]
     found: dict[tuple[str, str], Site] = {}
-    for site in sorted(owning or hits, key=_telling):
+    for site in sorted(owning or hits, key=telling):
         found.setdefault((site.path, site.param), site)
     if not found:
         raise GraftError(f"sites {token} of {anatomy.name}", "no module path matches", _hint(anatomy, token.strip("/")))
@@ -129,7 +129,7 @@ def _by_regex(anatomy: Anatomy, token: str, at: str) -> list[Site]:
     return sorted(found.values(), key=lambda site: order[site.key])
 
 
-def _telling(site: Site) -> int:
+def telling(site: Site) -> int:
     """Which of the roles of one module a regular expression takes: a whole weight first, groups of modules last."""
     late = {
         "linear": 1,

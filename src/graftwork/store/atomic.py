@@ -3,6 +3,7 @@
 adapter.json names its tensors by their SHA-256. A save writes everything under hidden names first and then renames; at
 every moment the tensors that adapter.json speaks of are there, under their own name or under a hidden one made of the
 hash, where a reader looks next. A failure renames the old files back; after a kill the folder reads as one of both.
+README.md is not waited for: after a power cut that follows a save it may be empty, which no reader asks about.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ..core.errors import GraftError
+from .digest import Digest
 
 TENSORS, DESCRIPTION, CARD = "adapter.safetensors", "adapter.json", "README.md"
 HIDDEN = ".graftwork-"
@@ -25,14 +27,17 @@ def hidden_tensors(folder: Path, digest: str) -> Path:
     return folder / f"{HIDDEN}{digest[:16]}.safetensors"
 
 
-def write_adapter(folder: Path, tensors: bytes, digest: str, description: str, card: str) -> None:
-    """Write or replace the three files. GraftError for a folder or disk that refuses; all is then as it was."""
+def write_adapter(folder: Path, tensors: bytes, hashed: Digest, described: Callable[[str], str], card: str) -> None:
+    """Write or replace the three files. GraftError for a folder or disk that refuses; all is then as it was.
+
+    hashed: of the tensors, which are written while it is taken;  described(hash): the text of adapter.json.
+    """
     made: list[Path] = []
     try:
         for path in reversed([p for p in (folder, *folder.parents) if not p.exists()]):
             path.mkdir(exist_ok=True)
             made.append(path)
-        _replace(folder, tensors, digest, description, card)
+        _replace(folder, tensors, hashed, described, card)
     except BaseException as error:
         for path in reversed(made):  # innermost first; one that others have written into meanwhile stays
             with contextlib.suppress(OSError):
@@ -46,16 +51,15 @@ def write_adapter(folder: Path, tensors: bytes, digest: str, description: str, c
         raise
 
 
-def _replace(folder: Path, tensors: bytes, digest: str, description: str, card: str) -> None:
-    drafts = {
-        DESCRIPTION: folder / f"{HIDDEN}json",
-        TENSORS: hidden_tensors(folder, digest),
-        CARD: folder / f"{HIDDEN}md",
-    }
+def _replace(folder: Path, tensors: bytes, hashed: Digest, described: Callable[[str], str], card: str) -> None:
+    drafts = {DESCRIPTION: folder / f"{HIDDEN}json", TENSORS: folder / f"{HIDDEN}draft", CARD: folder / f"{HIDDEN}md"}
     settled = True
     try:
-        for draft, data in zip(drafts.values(), (description.encode(), tensors, card.encode()), strict=True):
-            _write(draft, data)
+        _write(drafts[TENSORS], tensors)
+        digest = hashed.hex()
+        drafts[TENSORS] = drafts[TENSORS].replace(hidden_tensors(folder, digest))
+        _write(drafts[DESCRIPTION], described(digest).encode())
+        _write(drafts[CARD], card.encode(), flush=False)
         before = {folder / name: _second_name(folder, name, drafts.values()) for name in drafts}
         _sync(folder)
         settled = False
@@ -106,12 +110,13 @@ def _digest(folder: Path) -> str:
     return found[1] if found else ""
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Write and flush one new file."""
+def _write(path: Path, data: bytes, flush: bool = True) -> None:
+    """Write one new file, and flush it."""
     with open(path, "wb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        if flush:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _sync(folder: Path) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from ..core.adapter import Adapter
+
+LOAD = "gw.load(model, folder)  # model: the backbone above; folder: where this file lies"
 
 
 def card(adapter: Adapter, description: dict[str, Any]) -> str:
@@ -16,10 +21,7 @@ def card(adapter: Adapter, description: dict[str, Any]) -> str:
     size = f"{backbone['parameters']:,}"
     percent = 100 * description["parameters"] / max(backbone["parameters"], 1)
     lines = [
-        "---",
-        "library_name: graftwork",
-        *([f"base_model: {backbone['name']}"] if backbone["name"] else []),
-        "---",
+        *_front(adapter, backbone["name"]),
         "",
         f"# {adapter.name}",
         "",
@@ -44,13 +46,26 @@ def card(adapter: Adapter, description: dict[str, Any]) -> str:
         "```python",
         "import graftwork as gw",
         "",
-        "gw.load(model, folder)  # model: the backbone above; folder: where this file lies",
+        LOAD,
         "```",
         "",
         "Made with " + ", ".join(f"{name} {version}" for name, version in description["versions"].items()) + ".",
         "",
     ]
     return "\n".join(lines)
+
+
+def for_hub(text: str, address: str) -> str:
+    """The card of an adapter that is loaded from this address."""
+    return text.replace(LOAD, f"gw.load(model, {json.dumps(address)})  # model: the backbone above")
+
+
+def _front(adapter: Adapter, backbone: str) -> list[str]:
+    """What the hub reads of a card, as YAML. A backbone that is a folder of this machine has no page to link to."""
+    named = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", backbone) and not Path(backbone).exists()
+    about = ["base_model: " + json.dumps(backbone), "base_model_relation: adapter"] if named else []
+    tags = dict.fromkeys(["graftwork", *(part.method.name for part in adapter.parts)])
+    return ["---", "library_name: graftwork", *about, "tags:", *(f"- {tag}" for tag in tags), "---"]
 
 
 def _told(value: Any) -> list[str]:

@@ -16,10 +16,11 @@ def key(index: int, site: str, name: str) -> str:
 def split(text: str) -> tuple[int, str, str]:
     """(method index, site key, name). ValueError for anything that `key` did not write."""
     index, site, name = text.split("/")
-    parts = int(index), _unquote(site), _unquote(name)
-    if key(*parts) != text:
+    if "%" in text:
+        site, name = _unquote(site), _unquote(name)
+    if key(int(index), site, name) != text:
         raise ValueError(text)
-    return parts
+    return int(index), site, name
 
 
 def _quote(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,13 +14,13 @@ from ..core.body import Body
 from ..core.delta import Delta
 from ..core.errors import GraftError, nearest
 from ..core.graft import attach, build, check_name
-from ..core.initial import LATER, adopt
+from ..core.initial import Later, adopt
 from ..core.install import check_free
 from ..core.root import body_of
 from . import keys
 from .fingerprint import of_body
 from .finite import finite
-from .read import Stored, StoredMethod, read
+from .read import Stored, StoredMethod, read_ahead
 
 
 def load(model: nn.Module, folder: str | Path, name: str | None = None, trainable: bool = False) -> Adapter:
@@ -29,27 +30,54 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, trainabl
     Raises GraftError for a folder without an adapter, a damaged, altered or newer file, another backbone, a name
     that is taken; the model is then as it was. Nothing is unpickled, and no path is taken from a file.
     """
-    stored = read(Path(folder).expanduser())
     asked = f"load {str(folder)!r}"
+    with read_ahead(Path(folder).expanduser()) as stored:
+        body = body_of(model)
+        named, parts = _built(model, body, stored, asked, name)
+    return _hung(model, body, stored, asked, named, parts, trainable)
+
+
+def install(
+    model: nn.Module, body: Body, stored: Stored, asked: str, name: str | None = None, trainable: bool = False
+) -> Adapter:
+    """Hang what was read, from files of any format, onto `model`: everything is checked before the model is touched.
+
+    asked: what to say in an error.  name, trainable: as in `load`.
+    """
+    named, parts = _built(model, body, stored, asked, name)
+    return _hung(model, body, stored, asked, named, parts, trainable)
+
+
+def _built(model: nn.Module, body: Body, stored: Stored, asked: str, name: str | None) -> tuple[str, list[Part]]:
+    """The adapter's name and its parts, without values yet."""
     name = stored.name if name is None else name
-    body = body_of(model)
     check_free(model, body)
     check_name(model, name)
-    here = body.once(of_body)
-    if different := stored.backbone.differs(here):
+    if stored.backbone is not None and (different := stored.backbone.differs(here := body.once(of_body))):
         raise GraftError(
             f"{asked} onto {type(model).__name__}",
             f"{different}\n    made for: {stored.backbone}\n    this one: {here}",
             "load the backbone that it was made for",
         )
-    adapter = Adapter(name, [_part(i, method, stored, body, asked) for i, method in enumerate(stored.methods)])
+    return name, [_part(method, body, asked) for method in stored.methods]
+
+
+def _hung(
+    model: nn.Module, body: Body, stored: Stored, asked: str, name: str, parts: list[Part], trainable: bool
+) -> Adapter:
+    """The adapter with its values, on the model."""
+    for part, tensors in zip(parts, stored.tensors, strict=True):
+        _fill(part, tensors, asked)
+    adapter = Adapter(name, parts)
     adapter.trainable, adapter.labels, adapter.metadata = trainable, stored.labels, stored.metadata
+    for warning in stored.warnings:
+        warnings.warn(f"{asked}: {warning}", stacklevel=4)
     attach(model, adapter, body)
     return adapter
 
 
-def _part(index: int, method: StoredMethod, stored: Stored, body: Body, asked: str) -> Part:
-    """The deltas of one stored method with their stored values; attached to nothing yet."""
+def _part(method: StoredMethod, body: Body, asked: str) -> Part:
+    """The deltas of one stored method, without values; attached to nothing yet."""
     sites, found = body.sites, body.anatomy
     missing = [key for key in method.sites if key not in sites]
     if missing:
@@ -59,19 +87,23 @@ def _part(index: int, method: StoredMethod, stored: Stored, body: Body, asked: s
             f"{first}; {len(missing)} of {len(method.sites)} are missing",
             "load the backbone that it was made for, with the same head",
         )
-    part = build(method.method, [sites[key] for key in method.sites], found, LATER)
+    part = build(method.method, [sites[key] for key in method.sites], found, Later())
     lost = set(method.sites) - set(part.deltas)
     if lost:
         found_there = f"{method.method} has nothing to do at {sorted(lost)[0]}"
         raise GraftError(asked, found_there, "the file was made for another backbone")
-    for site in stored.tensors[index]:
+    return part
+
+
+def _fill(part: Part, tensors: dict[str, dict[str, Tensor]], asked: str) -> None:
+    """Give the deltas their stored values, by site key, and what they share its own."""
+    for site in tensors:
         if site != keys.SHARED and site not in part.deltas:
             raise GraftError(asked, f"tensors of the site {site!r}, which is not among its sites", "restore the file")
     for site, delta in part.deltas.items():
-        _restore(delta, stored.tensors[index].get(site, {}), f"{asked}: {site}")
-    shared = stored.tensors[index].get(keys.SHARED, {})
-    _restore_shared(part.shared_modules, shared, f"{asked}: shared by the sites of {method.method}")
-    return part
+        _restore(delta, tensors.get(site, {}), f"{asked}: {site}")
+    shared = tensors.get(keys.SHARED, {})
+    _restore_shared(part.shared_modules, shared, f"{asked}: shared by the sites of {part.method}")
 
 
 def _restore(delta: Delta, tensors: dict[str, Tensor], asked: str) -> None:

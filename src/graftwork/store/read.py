@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ..core.method import from_json as method_from_json
 from . import fingerprint, keys
 from .atomic import DESCRIPTION, TENSORS
 from .save import FORMAT
-from .tensors import read_tensors
+from .tensors import reading
 
 PICKLE = "a pickle, which can run any code when it is opened"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -33,18 +34,33 @@ class StoredMethod:
 
 @dataclass(frozen=True)
 class Stored:
-    """What the files hold, checked by itself. tensors: for each method, site key (or "shared") -> name -> tensor."""
+    """What the files hold, checked by itself. tensors: for each method, site key (or "shared") -> name -> tensor.
+
+    backbone: None where the format does not say.  warnings: what a person should know once it is loaded.
+    """
 
     name: str
     methods: tuple[StoredMethod, ...]
     tensors: tuple[dict[str, dict[str, Tensor]], ...]
     labels: tuple[str, ...] | None
-    backbone: fingerprint.Fingerprint
+    backbone: fingerprint.Fingerprint | None
     metadata: dict[str, Any]
+    warnings: tuple[str, ...] = ()
 
 
 def read(folder: Path) -> Stored:
     """The adapter in this folder. GraftError for anything that is not a whole, unaltered adapter of a known format."""
+    with read_ahead(folder) as stored:
+        return stored
+
+
+@contextmanager
+def read_ahead(folder: Path) -> Iterator[Stored]:
+    """`read`, whose result can be looked at while the hash of its file is still being taken.
+
+    That it is unaltered is known, and refused before anything else, at the end of the block: nothing may write into the
+    tensors, or change what is to stay, within it.
+    """
     asked = f"load {str(folder)!r}"
     _refuse_others(folder, asked)
     description = _description(folder, asked)
@@ -66,9 +82,10 @@ def read(folder: Path) -> Stored:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         found = f"damaged: {type(error).__name__}: {error}"
         raise GraftError(f"{asked}: {DESCRIPTION}", found, "restore the file") from error
-    tensors = _sorted(read_tensors(folder, digest, asked), aliases, len(methods), asked)
     labels = None if labels is None else tuple(labels)
-    return Stored(description["name"], methods, tensors, labels, backbone, description["metadata"])
+    with reading(folder, digest, asked) as named:
+        tensors = _sorted(named, aliases, len(methods), asked)
+        yield Stored(description["name"], methods, tensors, labels, backbone, description["metadata"])
 
 
 def _refuse_others(folder: Path, asked: str) -> None:
@@ -81,7 +98,10 @@ def _refuse_others(folder: Path, asked: str) -> None:
         names = sorted(path.name for path in folder.iterdir())
         pickles = [name for name in names if Path(name).suffix.lower() in PICKLES]
         if "adapter_config.json" in names:
-            found, do = "an adapter of HF PEFT (adapter_config.json)", "this version reads its own format only"
+            found, do = (
+                "adapter_config.json, and no adapter that graftwork knows",
+                "see docs/formats.md for what it reads",
+            )
         elif pickles:
             found, do = f"{pickles[0]!r}, {PICKLE}", "get the adapter as safetensors"
         else:

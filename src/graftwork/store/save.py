@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import sys
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor, nn
 
 from .. import __version__
@@ -19,8 +17,10 @@ from ..core.graft import find
 from . import keys
 from .atomic import write_adapter
 from .card import card
+from .digest import Digest
 from .fingerprint import fingerprint
 from .finite import finite
+from .tensors import NAMES, written
 
 FORMAT = 1
 
@@ -40,8 +40,8 @@ def save(model: nn.Module, name: str, folder: str | Path, resume: bool = False) 
         raise GraftError(f"save into {str(folder)!r}", "a file of that name", "choose a folder")
     methods, tensors = _stored(adapter, resume)
     stored, aliases = _once(tensors)
-    data = safetensors.torch.save(stored)
-    digest = hashlib.sha256(data).hexdigest()
+    data = written(stored)
+    hashed = Digest(data)
     description = {
         "format": FORMAT,
         "name": adapter.name,
@@ -49,14 +49,17 @@ def save(model: nn.Module, name: str, folder: str | Path, resume: bool = False) 
         "parameters": adapter.num_parameters,
         "labels": None if adapter.labels is None else list(adapter.labels),
         "resume": resume,
-        "sha256": digest,
+        "sha256": "",  # still being taken
         "aliases": aliases,
         "backbone": fingerprint(model).to_json(),
         "versions": _versions(),
         "metadata": _plain(adapter.metadata, "metadata"),
     }
-    text = json.dumps(description, indent=1, ensure_ascii=False) + "\n"
-    write_adapter(folder, data, digest, text, card(adapter, description))
+
+    def described(digest: str) -> str:
+        return json.dumps(description | {"sha256": digest}, indent=1, ensure_ascii=False) + "\n"
+
+    write_adapter(folder, data, hashed, described, card(adapter, description))
     return folder
 
 
@@ -72,11 +75,12 @@ def _stored(adapter: Adapter, resume: bool) -> tuple[list[dict[str, Any]], dict[
         methods.append({"method": method.to_json(), "sites": [site.key for site in part.sites]})
         for site, named in [(keys.SHARED, shared), *per_site.items()]:
             for name, value in named.items():
-                tensors[keys.key(i, site, name)] = _checked(adapter, f"{site}/{name}", value)
+                tensors[keys.key(i, site, name)] = checked(adapter, f"{site}/{name}", value)
     return methods, tensors
 
 
-def _checked(adapter: Adapter, name: str, value: Any) -> Tensor:
+def checked(adapter: Adapter, name: str, value: Any) -> Tensor:
+    """A tensor that a file can hold. GraftError for one that is not here as a whole, or not finite."""
     asked = f"save the tensor {name!r} of {adapter.name!r}"
     if not isinstance(value, Tensor):
         raise GraftError(asked, f"{type(value).__name__}, no tensor", "a delta's state_dict must hold tensors only")
@@ -84,6 +88,10 @@ def _checked(adapter: Adapter, name: str, value: Any) -> Tensor:
         raise GraftError(asked, "no values: it is on the meta device", "give the model its weights first")
     if hasattr(value, "to_local") or hasattr(value, "ds_id"):
         raise GraftError(asked, "only a part of it is in this process", "gather the adapter's parameters first")
+    if value.dtype not in NAMES:
+        raise GraftError(
+            asked, f"numbers of the kind {value.dtype}", "keep them in one of " + ", ".join(NAMES.values())
+        )
     value = value.detach()
     if not finite(value):
         raise GraftError(

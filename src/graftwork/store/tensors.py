@@ -1,4 +1,4 @@
-"""Reading adapter.safetensors, trusting nothing in it.
+"""adapter.safetensors: writing it in one copy, and reading it, trusting nothing in it.
 
 The format: 8 bytes n, little-endian; n bytes of JSON, name -> {dtype, shape, data_offsets}; the numbers, which the offsets
 tile. The file is read once, into memory that stays: its tensors are views, and nothing is copied.
@@ -6,10 +6,11 @@ tile. The file is read once, into memory that stays: its tensors are views, and 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ..core.errors import GraftError
 from .atomic import TENSORS, hidden_tensors
+from .digest import Digest
 from .finite import finite
 
 DTYPES = {
@@ -35,29 +37,70 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # bytes: where torch's own allocator begins a tensor. Kernels round otherwise on numbers that lie elsewhere
 ALIGNED = 64
 
 
-def read_tensors(folder: Path, digest: str, asked: str) -> dict[str, Tensor]:
-    """The tensors whose bytes have this hash: read once, so that what is checked is what is used."""
-    why = "missing"
-    # the second: a save was cut off between its renames
+def written(tensors: dict[str, Tensor]) -> bytes:
+    """The file of these tensors, each contiguous and on the CPU, of a dtype in NAMES: what `safetensors.torch.save` gives, which
+    takes several times as long for small tensors. The widest numbers come first, so that all are aligned."""
+    header: dict[str, dict[str, Any]] = {}
+    pieces: list[Any] = []
+    end = 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)):
+        t = tensors[name]
+        header[name] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [end, end + t.nbytes]}
+        pieces.append(t.view(-1).view(torch.uint8).numpy())
+        end += t.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *pieces])
+
+
+@contextmanager
+def reading(folder: Path, digest: str, asked: str) -> Iterator[dict[str, Tensor]]:
+    """The tensors whose bytes have this hash: read once, so that what is checked is what is used.
+
+    The hash is taken while the block runs, which may look at the tensors but write into none. GraftError at its end, in the
+    place of any other, where the bytes have another hash.
+    """
+    asked = f"{asked}: {TENSORS}"
+    data = _file(folder, digest, asked)
+    hashed = Digest(data)
+    try:
+        try:
+            tensors, whole = _views(data, *_header(data))
+        except ValueError as error:
+            raise GraftError(asked, str(error), "restore the file") from error
+        yield _checked(tensors, whole, asked)
+    finally:
+        if hashed.hex() != digest:
+            raise GraftError(asked, _fault(data), "restore the file") from None
+
+
+def _file(folder: Path, digest: str, asked: str) -> memoryview:
+    """The bytes of the file; where a save was cut off between its renames, of that one of two which has this hash."""
+    found = []
     for path in (folder / TENSORS, hidden_tensors(folder, digest)):
         try:
-            data = _bytes(path)
+            found.append(_bytes(path))
         except FileNotFoundError:
             continue
         except OSError as error:
-            raise GraftError(f"{asked}: {path.name}", f"{error.strerror}", "make it readable") from error
-        try:
-            if hashlib.sha256(data).hexdigest() == digest:
-                return _checked(*_views(data, *_header(data)), asked)
-            _header(data)
-            why = "altered: its bytes are not those that adapter.json was written with"
-        except ValueError as error:
-            why = str(error)
-    raise GraftError(f"{asked}: {TENSORS}", why, "restore the file")
+            raise GraftError(asked, f"{path.name}: {error.strerror}", "make it readable") from error
+    if not found:
+        raise GraftError(asked, "missing", "restore the file")
+    return next((data for data in found[:-1] if Digest(data).hex() == digest), found[-1])
+
+
+def _fault(data: memoryview) -> str:
+    """What is wrong with bytes of another hash."""
+    try:
+        _header(data)
+    except ValueError as error:
+        return str(error)
+    return "altered: its bytes are not those that adapter.json was written with"
 
 
 def _bytes(path: Path) -> memoryview:

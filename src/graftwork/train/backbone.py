@@ -72,6 +72,28 @@ def load(name: str, task: Task) -> Backbone:
     return Backbone(name, model, processor, fresh)
 
 
+def of_class(name: str, cls: str | None = None, like: nn.Module | None = None) -> nn.Module:
+    """The model of a folder or hub name as the transformers class `cls`, None: the one it was saved as; in evaluation mode.
+
+    like: a model whose labels it takes.
+    """
+    config = config_of(name)
+    chosen = cls or next(iter(getattr(config, "architectures", None) or ()), "")
+    made = getattr(transformers, chosen, None)
+    if not (isinstance(made, type) and issubclass(made, transformers.PreTrainedModel)):
+        found = f"{chosen!r}, no class of transformers" if chosen else "no class in its config"
+        raise GraftError(f"load {name!r}", found, "choose a checkpoint that transformers wrote")
+    if like is not None:
+        for key in ("id2label", "label2id"):
+            setattr(config, key, getattr(like.config, key))
+    try:
+        with quiet():
+            model: nn.Module = made.from_pretrained(name, config=config, ignore_mismatched_sizes=like is not None)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise GraftError(f"load {name!r} as {chosen}", _short(error), "choose another backbone") from error
+    return model.eval()
+
+
 def _processor(name: str, task: Task) -> Any:
     kind = AutoImageProcessor if task.name == "image" else AutoTokenizer
     try:

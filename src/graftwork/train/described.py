@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import GraftError
+from ..store.hub import locate
 
 FILE = "adapter.json"
 
@@ -28,10 +29,11 @@ class Description:
 
 def metadata_of(folder: str | Path) -> dict[str, Any]:
     """What adapter.json says. GraftError where there is none, or it cannot be read."""
-    path = Path(folder).expanduser() / FILE
+    path = locate(folder).path / FILE
     asked = f"the adapter {str(folder)!r}"
     if not path.is_file():
-        raise GraftError(asked, f"no {FILE} in it", "give the folder that graftwork train wrote")
+        do = "give the folder that graftwork train wrote, or graftwork import that of another library first"
+        raise GraftError(asked, f"no {FILE} in it", do)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
@@ -51,7 +53,7 @@ def describe(data: Mapping[str, Any], folder: str | Path) -> Description:
         for entry in data["methods"]:
             roles = Counter(site.split(":")[1] for site in entry["sites"])
             parts.append((str(from_json(entry["method"])), ", ".join(roles), len(entry["sites"])))
-        size = sum(f.stat().st_size for f in Path(folder).expanduser().iterdir() if f.is_file())
+        size = sum(f.stat().st_size for f in locate(folder).path.iterdir() if f.is_file())
         share = 100 * data["parameters"] / max(backbone["parameters"], 1)
         facts = {
             "backbone": metadata.get("backbone") or backbone["name"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from ..core.errors import GraftError
 from ..core.graft import activate
 from ..core.grammar import parse
 from ..core.merge import forget, merge
-from ..store import load
+from ..formats import load
+from ..store.hub import locate
 from . import backbone, tasks
 from .described import metadata_of
 from .tasks import Task, Tokens
@@ -167,8 +168,9 @@ def open_trained(
     more: folders of other adapters of the same backbone, which `expression` may name, each as its folder is called.
     expression: what is active, e.g. "0.5*sst2 + 0.5*imdb"; None is the adapter of `folder`, whose task is the model's.
     """
-    places = {Path(place).expanduser().resolve().name: Path(place).expanduser() for place in (folder, *more)}
-    _check(places, folder, more, expression)
+    first, *others = found = [locate(place) for place in (folder, *more)]
+    _check([place.name for place in found], expression)
+    folder = str(first)
     metadata = metadata_of(folder).get("metadata", {})
     if "task" not in metadata:
         raise GraftError(
@@ -184,24 +186,22 @@ def open_trained(
         if name is None:
             raise GraftError(error.asked, error.found, "name the backbone with --backbone") from error
         raise
-    for other in more:
-        load(loaded.model, Path(other).expanduser(), Path(other).expanduser().resolve().name)
-    first = None if expression is None else next(iter(places))
-    adapter = load(loaded.model, Path(folder).expanduser(), first)
+    for other in others:
+        load(loaded.model, str(other), other.name)
+    adapter = load(loaded.model, folder, None if expression is None else first.name)
     if expression is not None:
         activate(loaded.model, expression)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Trained(loaded.model.to(device).eval(), adapter, task, loaded.processor)
 
 
-def _check(places: Mapping[str, Path], folder: str | Path, more: Sequence[str | Path], expression: str | None) -> None:
+def _check(names: Sequence[str], expression: str | None) -> None:
     """GraftError where several adapters cannot be told apart, or the expression has not one output for every row."""
-    if more and expression is None:
+    if len(names) > 1 and expression is None:
         raise GraftError("several adapters", "no expression says what is active", "add --adapter 'a >> b'")
-    if len(places) <= len(more):
-        found = ", ".join(Path(place).expanduser().resolve().name for place in (folder, *more))
-        raise GraftError("several adapters", f"folders of one name: {found}", "call each folder otherwise")
-    if expression is not None and expression not in places and isinstance(parse(expression), Rows | Beside):
+    if len(set(names)) < len(names):
+        raise GraftError("several adapters", f"folders of one name: {', '.join(names)}", "call each folder otherwise")
+    if expression is not None and expression not in names and isinstance(parse(expression), Rows | Beside):
         do = "give one expression for all rows; rows and branches are for Python (gw.rows, a | b)"
         raise GraftError(f"the adapter {expression!r}", "one for each row or output", do)
 

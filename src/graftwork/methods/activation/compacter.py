@@ -10,20 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 from graftwork.core.adapter import Part
-from graftwork.core.delta import Delta
 from graftwork.core.errors import GraftError
 from graftwork.core.fields import choice, count, flag, fraction, number, positive, where
-from graftwork.core.initial import normal, parameter, xavier_uniform, zeros
 from graftwork.core.method import Method, method, preset
 from graftwork.core.site import Site
 
 from ..weight.full import Full
+from .hypercomplex import Hypercomplex, Rule
 from .nonlinear import ACTIVATIONS
+from .residual import check_position
 
 
 @method("phm")
@@ -34,6 +30,7 @@ class PHM(Method):
     n: size and number of the A_i; it divides d and m.  d: bottleneck width m; None takes the site's width // reduction.
     rank: B_i = s_i t_i of rank r; 0 trains B_i whole.  shared: one A [n, n, n] for every site and for both D and
         U; else one per matrix.
+    position: "after" as above; "sum" y + U(g(D(y + r))), r the residual stream, as for bottlenecks.
     act: g.  dropout: after g.  Init: A N(0, init_std^2), s, t (or B) xavier-uniform with gain sqrt 2, biases 0: near
         the identity.
     Parameters per site: 2 r (d + m) + d + m (whole B_i: 2 d m / n + d + m); n^3 once (or 2 n^3 per site).
@@ -45,6 +42,7 @@ class PHM(Method):
     rank: int = count(1)
     shared: bool = flag(True)
     act: str = choice("gelu_new", *ACTIVATIONS)
+    position: str = choice("after", "after", "sum")
     dropout: float = fraction(0.0)
     init_std: float = number(1e-4, low=0.0)
     at: str = where("self.attn, mlp | linear | conv")
@@ -60,9 +58,10 @@ class PHM(Method):
         if site.d % self.n or m % self.n:
             found = f"n={self.n} does not divide d={site.d} and m={m}"
             raise GraftError(f"{self} at {site.key}", found, "choose n that divides both")
+        check_position(self.position, site, f"{self} at {site.key}")
         like = next(site.module.parameters())
         rule = part.shared("rule", lambda: Rule(self, like)) if self.shared else None
-        return Hypercomplex(self, site.d, m, like, rule)
+        return Hypercomplex(self, site, m, like, rule)
 
     def count(self, site: Site) -> int:
         d, m = site.d, self.width(site)
@@ -71,63 +70,6 @@ class PHM(Method):
 
     def count_shared(self, sites: Sequence[Site]) -> int:
         return self.n**3 if self.shared else 0
-
-
-class Rule(nn.Module):
-    """a [n, n, n]: the matrices A_i."""
-
-    def __init__(self, method: PHM, like: Tensor) -> None:
-        super().__init__()
-        self.a = parameter((method.n, method.n, method.n), normal(method.init_std), like)
-
-
-class Linear(nn.Module):
-    """x [.., k] -> y [.., d] = x sum_i A_i (x) B_i + b.  s [n, k/n, r], t [n, r, d/n]; whole B_i: s = B."""
-
-    def __init__(self, method: PHM, k: int, d: int, like: Tensor, rule: Rule | None) -> None:
-        super().__init__()
-        n, r = method.n, method.rank
-        init = xavier_uniform(2**0.5)
-        self.s = parameter((n, k // n, r or d // n), init, like)  # B itself where it is whole
-        self.t = None if not r else parameter((n, r, d // n), init, like)
-        self.bias = parameter((d,), zeros, like)
-        self.own = Rule(method, like) if rule is None else None
-        # in a list, so that the shared rule is registered once, at the model's root
-        self._rules = [rule if self.own is None else self.own]
-
-    @property
-    def a(self) -> Tensor:
-        """A [n, n, n]."""
-        (rule,) = self._rules
-        assert rule is not None
-        return rule.a
-
-    def matrix(self) -> Tensor:
-        """W [k, d]; the forward pass never builds it."""
-        b = self.s if self.t is None else self.s @ self.t
-        return torch.einsum("iab,ipq->apbq", self.a, b).reshape(self.a.shape[1] * b.shape[1], -1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        n = self.a.shape[0]
-        blocks = x.reshape(*x.shape[:-1], n, -1)  # [.., n, k/n]
-        thin = torch.einsum("...ap,ipr->...air", blocks, self.s)
-        mixed = torch.einsum("...air,iab->...bir", thin, self.a)
-        y = mixed.sum(-2) if self.t is None else torch.einsum("...bir,irq->...bq", mixed, self.t)
-        return y.flatten(-2) + self.bias
-
-
-class Hypercomplex(Delta):
-    """down: d -> m, up: m -> d."""
-
-    def __init__(self, method: PHM, d: int, m: int, like: Tensor, rule: Rule | None) -> None:
-        super().__init__()
-        self.down = Linear(method, d, m, like, rule)
-        self.up = Linear(method, m, d, like, rule)
-        self.act, self.dropout = method.act, method.dropout
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        h = ACTIVATIONS[self.act](self.down(y))
-        return y + self.up(F.dropout(h, self.dropout, self.training) if self.dropout else h)
 
 
 @preset("compacter")

@@ -15,6 +15,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_new": lambda h: F.gelu(h, approximate="tanh"),
     "silu": F.silu,
+    "leaky_relu": F.leaky_relu,
     "tanh": torch.tanh,
     "none": lambda h: h,
 }

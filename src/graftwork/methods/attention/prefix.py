@@ -60,7 +60,7 @@ class Prefix(Method):
         d_k, d_v = widths(site)
         if self.reparam == "flat":
             return PrefixDelta(self, site, d_k, d_v)
-        kind = _kind(site)
+        kind = kind_of(site)
         like = next(site.module.parameters())
         shared = part.shared(kind, lambda: Embedding(self, site.d, like))
         return PrefixDelta(self, site, d_k, d_v, shared)
@@ -72,7 +72,7 @@ class Prefix(Method):
     def count_shared(self, sites: Sequence[Site]) -> int:
         if self.reparam == "flat":
             return 0
-        first = {_kind(site): site.d for site in reversed(sites) if site.role != "entry"}
+        first = {kind_of(site): site.d for site in reversed(sites) if site.role != "entry"}
         return sum(self.length * d + (d + 1) * self.mid for d in first.values())
 
     def fold(self, part: Part) -> tuple[Method, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
@@ -87,7 +87,8 @@ class Prefix(Method):
         return dataclasses.replace(self, reparam="flat"), tensors, {}
 
 
-def _kind(site: Site) -> str:
+def kind_of(site: Site) -> str:
+    """Which kind of attention a site is: those of one kind share the MLP."""
     return f"{site.tower or 'all'} {'cross' if site.cross else 'self'}"
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from graftwork.core.adapter import Part
 from graftwork.core.delta import WeightDelta
 from graftwork.core.errors import GraftError
-from graftwork.core.fields import positive, where
+from graftwork.core.fields import positive, where, words
 from graftwork.core.initial import kaiming_uniform, parameter, values, zeros
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
@@ -23,10 +23,12 @@ class Full(Method):
 
     outputs: number of rows of the last module's weight and bias (a head of its own size: fresh rows, kaiming-uniform,
         bias zero); None keeps the backbone's.
+    only: names of the module's parameters ("bias"); empty takes all of them.
     Parameters: all of the module's.  The backbone's own values stay untouched, so several heads live on one backbone.
     """
 
     outputs: int | None = positive(None)
+    only: tuple[str, ...] = words()
     at: str = where("head")
 
     mergeable = True
@@ -34,14 +36,19 @@ class Full(Method):
     def build(self, site: Site, part: Part) -> Values | None:
         if site.rows is not None:
             raise GraftError(f"{self} at {site.key}", "a slice of a packed weight", "choose the whole weight (qkv)")
-        owned = {name: p for name, p in site.module._parameters.items() if p is not None}
+        owned = self.owned(site)
         if not owned:
             return None
         outputs = self.outputs if site is part.sites[-1] else None
         return Values(owned, outputs)
 
     def count(self, site: Site) -> int:
-        return sum(p.numel() for p in site.module._parameters.values() if p is not None)
+        return sum(p.numel() for p in self.owned(site).values())
+
+    def owned(self, site: Site) -> dict[str, Tensor]:
+        """The parameters that are trained, by name."""
+        own = site.module._parameters
+        return {n: p for n, p in own.items() if p is not None and (not self.only or n in self.only)}
 
 
 class Values(WeightDelta):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from graftwork.core.adapter import Part
 from graftwork.core.delta import Diagonal, WeightDelta
-from graftwork.core.fields import where
+from graftwork.core.fields import choice, where
 from graftwork.core.initial import ones
 from graftwork.core.method import Method, method
 from graftwork.core.plan import Host
@@ -30,24 +30,25 @@ class IA3(Method):
     negative l means what it should. In a gated MLP (T5 v1.1, LLaMA) that equals scaling the linear branch, the paper's
     wi_1: at="k, v, up" puts the vectors there. Every role but "down" is scaled at its output, its bias with it; a
     packed qkv whose rows cannot be told apart as a whole.
+    side: "role" as above; "input" or "output" of every site, whatever its role.
     Parameters: d per scaled activation.  Source: Liu et al. 2022, arXiv 2205.05638, section 3.3; r-three/t-few.
     """
 
+    side: str = choice("role", "role", "input", "output")
     at: str = where("k, v, down | k, v | linear | conv")
 
     mergeable = True
 
     def build(self, site: Site, part: Part) -> Rescale:
         site.weight.require_matrix("ia3")
-        return Rescale(site)
+        return Rescale(site, self.at_input(site))
 
     def count(self, site: Site) -> int:
-        return site.weight.copies * (site.weight.d_in if scales_input(site) else site.weight.d_out)
+        return site.weight.copies * (site.weight.d_in if self.at_input(site) else site.weight.d_out)
 
-
-def scales_input(site: Site) -> bool:
-    """Whether the vector stands at the input of the site (the last layer of an MLP or of an expert)."""
-    return site.role in ("down", "expert.down")
+    def at_input(self, site: Site) -> bool:
+        """Whether the vector stands at the input of the site: at that of the last layer of an MLP or of an expert."""
+        return site.role in ("down", "expert.down") if self.side == "role" else self.side == "input"
 
 
 class Rescale(WeightDelta):
@@ -55,9 +56,9 @@ class Rescale(WeightDelta):
 
     lasting = True
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, at_input: bool) -> None:
         super().__init__()
-        self.input = scales_input(site)
+        self.input = at_input
         self.scale = site.weight.vector(site.weight.d_in if self.input else site.weight.d_out, ones)
 
     def weight(self, w: Tensor) -> Tensor:
