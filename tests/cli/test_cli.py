@@ -150,6 +150,52 @@ def test_show(place: Path, bert: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert json.loads(capsys.readouterr().out)["metadata"]["backbone"] == str(bert)
 
 
+def test_an_expression_over_adapters(place: Path, bert: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows, other = str(place / "rows.csv"), place / "other"
+    given = [
+        "--backbone",
+        str(bert),
+        "--data",
+        rows,
+        "--method",
+        "bottleneck(d=4)",
+        "--epochs",
+        "1",
+        "--out",
+        str(other),
+    ]
+    assert main(["train", *given]) == 0
+    capsys.readouterr()
+
+    def scores(*options: str) -> list[float]:
+        assert main(["predict", str(place / "sst2"), "a witty movie", *options]) == 0
+        return next(json.loads(line)["scores"] for line in capsys.readouterr().out.splitlines())
+
+    def close(a: object, b: object) -> bool:
+        return json.dumps(a) == json.dumps(b)
+
+    alone = scores()
+    assert close(scores("--adapter", "sst2"), alone)
+    assert close(scores("--with", str(other), "--adapter", "sst2 + 0*other"), alone)
+    both = scores("--with", str(other), "--adapter", "0.5*sst2 + 0.5*other")
+    assert not close(both, alone) and not close(both, scores("--with", str(other), "--adapter", "other"))
+    data = ["--data", str(place / "test.tsv"), "--json", "--with", str(other)]
+    assert main(["eval", str(place / "sst2"), *data, "--adapter", "mean(sst2, other)"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 60
+    half = ["--adapter", "0.5*sst2", "--out", str(place / "half")]
+    assert main(["merge", str(place / "sst2"), *half]) == 0
+    capsys.readouterr()
+    for options, said in (
+        (["--with", str(other)], "no expression"),
+        (["--adapter", "sst2 + gone"], "'gone'"),
+        (["--adapter", "sst2 +"], "^"),
+        (["--adapter", "sst2 | sst2"], "one for each row or output"),
+        (["--with", str(place / "sst2"), "--adapter", "sst2"], "of one name"),
+    ):
+        assert main(["predict", str(place / "sst2"), "a", *options]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_merge_writes_a_plain_model(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merge", str(place / "sst2"), "--out", str(place / "merged")]) == 0
     model, report = AutoModelForSequenceClassification.from_pretrained(place / "merged", output_loading_info=True)

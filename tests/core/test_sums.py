@@ -325,13 +325,16 @@ def test_dropout_of_a_sum_is_that_of_its_members() -> None:
         assert (drawn.mean((0, 1)) - want.mean(0)).abs().max() < 0.1 * drawn.std(0).mean()
 
 
-def test_a_changed_parameter_is_seen_in_kept_weights() -> None:
+@pytest.mark.parametrize(
+    ("e", "changed"), [("0.5*c + 0.5*d", "c"), ("0.5*c + 0.5*d", "d"), ("0.5*a - b", "b"), ("-a", "a")]
+)
+def test_a_changed_parameter_is_seen_in_what_is_kept(e: str, changed: str) -> None:
     model, inputs = several(), BY_NAME["bert"].inputs()
-    gw.activate(model, "0.5*c + 0.5*d")
+    gw.activate(model, e)
     first = output(model, inputs)
     assert torch.equal(first, output(model, inputs))
     with torch.no_grad():
-        for p in gw.adapters(model)["c"].parameters():
+        for p in gw.adapters(model)[changed].parameters():
             p.mul_(1.5)
     second = output(model, inputs)
     assert not torch.allclose(first, second, atol=1e-4)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 
+from .options import add_expression
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
@@ -22,6 +24,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backbone", metavar="NAME|FOLDER", help="the backbone, where it is not what the adapter's file says"
     )
+    add_expression(parser)
     parser.add_argument("--batch", type=int, default=32, metavar="INT", help="rows at a time (default: 32)")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
 
@@ -34,7 +37,9 @@ def run(parsed: argparse.Namespace) -> int:
 
     quiet()
     rows = chosen_split(parsed.data)
-    trained = open_trained(parsed.adapter, parsed.backbone).with_columns(parsed.text, parsed.pair, parsed.label)
+    trained = open_trained(parsed.adapter, parsed.backbone, parsed.more, parsed.expression).with_columns(
+        parsed.text, parsed.pair, parsed.label
+    )
     scores = trained.evaluate(rows, parsed.batch)
     if parsed.json:
         lines([{**scores, "rows": len(rows)}])

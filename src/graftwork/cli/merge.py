@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .options import add_expression
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
@@ -16,6 +18,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backbone", metavar="NAME|FOLDER", help="the backbone, where it is not what the adapter's file says"
     )
+    add_expression(parser)
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -30,7 +33,7 @@ def run(parsed: argparse.Namespace) -> int:
     from .console import console, quiet
 
     quiet()
-    trained = open_trained(parsed.adapter, parsed.backbone)
+    trained = open_trained(parsed.adapter, parsed.backbone, parsed.more, parsed.expression)
     place_folder(out, trained.write_merged)
     console.print(f"{type(trained.model).__name__} written to {out}", markup=False)
     return 0

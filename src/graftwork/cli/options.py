@@ -11,6 +11,14 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 S = TypeVar("S")
 
 
+def add_expression(parser: argparse.ArgumentParser) -> None:
+    """The options that say which adapters are active."""
+    text = "one more adapter of the same backbone, for --adapter; may be given several times"
+    parser.add_argument("--with", dest="more", action="append", default=[], metavar="FOLDER", help=text)
+    text = "what is active, each adapter called as its folder: 'a >> b', '0.5*a + 0.5*b', 'drop(a, layers=\"0-4\")'"
+    parser.add_argument("--adapter", dest="expression", metavar="EXPRESSION", help=text)
+
+
 def add_options(parser: argparse.ArgumentParser, settings: type[Any], only: tuple[str, ...] = ()) -> None:
     """An option for each field of `settings` (or for some); a field that is itself a dataclass becomes a group of
     options."""

@@ -14,6 +14,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .options import add_expression
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
@@ -25,6 +27,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backbone", metavar="NAME|FOLDER", help="the backbone, where it is not what the adapter's file says"
     )
+    add_expression(parser)
     parser.add_argument("--batch", type=int, default=32, metavar="INT", help="texts at a time (default: 32)")
     parser.add_argument(
         "--max-new-tokens", type=int, default=64, metavar="INT", help="length of generated texts (default: 64)"
@@ -50,7 +53,7 @@ def run(parsed: argparse.Namespace) -> int:
     from .console import console, lines, quiet, table
 
     quiet()
-    trained = open_trained(parsed.adapter, parsed.backbone)
+    trained = open_trained(parsed.adapter, parsed.backbone, parsed.more, parsed.expression)
     if parsed.file:
         rows = _from_file(parsed.file, trained.task)
     else:

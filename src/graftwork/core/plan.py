@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from .delta import Delta, WeightDelta
 from .errors import GraftError
+from .kept import Keeper
 from .passes import Runtime
 from .weight import Weight, is_conv1d
 
@@ -56,14 +56,6 @@ class Host:
         return None if self.view.bias is None else self.view.bias_of(self.module._parameters[self.view.bias])
 
 
-@dataclass(frozen=True)
-class Kept:
-    """An adapted weight, and the tensors it was made of with their versions and addresses then."""
-
-    made_of: list[tuple[Tensor, int, int]]
-    value: Tensor | None
-
-
 class Plan:
     """The steps of one module, in the order of the active adapters and their methods."""
 
@@ -78,11 +70,7 @@ class Plan:
         self.around: list[Delta] = []
         self.channels_first = channels_first(module)
         self.keeps = False  # adapted weights are kept from one inference pass to the next
-        self._kept: dict[str, Kept] = {}
-        self._sources: list[tuple[dict[str, Any], str]] = []  # where the tensors are that they are made of
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": {}}
+        self._kept: Keeper[Tensor | None] = Keeper()
 
     def compile(self, module: nn.Module) -> None:
         """Choose the fast path, once every delta is known."""
@@ -95,9 +83,8 @@ class Plan:
             self.linear = [(d, Host(module, d.view, first=i == 0)) for i, d in enumerate(distinct)]
         self.keeps = all(d.lasting for d in distinct) and (not self.linear or any(map(_dear, distinct)))
         if self.keeps:
-            homes = [module, *(m for d in distinct for source in d.sources() for m in source.modules())]
-            tables = [(m._parameters, m._buffers) for m in dict.fromkeys(homes)]
-            self._sources = [(t, name) for pair in tables for t in pair for name in t if t[name] is not None]
+            sources = (m for d in distinct for source in d.sources() for m in source.modules())
+            self._kept = Keeper([module, *sources])
 
     def adapted(self, module: nn.Module, name: str) -> Tensor | None:
         """The module's parameter `name`, adapted."""
@@ -108,18 +95,7 @@ class Plan:
 
     def kept(self, module: nn.Module, name: str) -> Tensor | None:
         """`adapted`, computed again only where a tensor it is made of was replaced or written to since."""
-        found = self._kept.get(name)
-        if found is not None:
-            for (table, key), (tensor, version, pointer) in zip(self._sources, found.made_of, strict=True):
-                if table[key] is not tensor or tensor._version != version or tensor.data_ptr() != pointer:
-                    break
-            else:
-                return found.value
-        tensors = [table[key] for table, key in self._sources]
-        value = self.adapted(module, name)
-        if not any(t.is_inference() for t in tensors):  # these do not count how often they are written to
-            self._kept[name] = Kept([(t, t._version, t.data_ptr()) for t in tensors], value)
-        return value
+        return self._kept.get(name, lambda: self.adapted(module, name))
 
     def drop_kept(self) -> None:
         """Free the kept weights."""

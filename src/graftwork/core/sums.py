@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .attention import Attention, chain
 from .delta import Delta, WeightDelta
 from .errors import GraftError
+from .kept import Keeper
 from .lowrank import low_rank
 from .plan import Host, reading
 from .site import Site
@@ -45,8 +46,18 @@ class LowRankSum(WeightDelta):
         self.members = nn.ModuleList(delta for _, delta in members)
         self.lasting = all(delta.lasting for _, delta in members)
         self.dropout = dropout(members[0][1])
+        self._kept: Keeper[tuple[Tensor, Tensor]] = Keeper(m for source in self.sources() for m in source.modules())
 
     def factors(self) -> tuple[Tensor, Tensor]:
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or not (self.lasting and self.runtime.keeps_weights)
+        ):
+            return self._factors()
+        return self._kept.get("", self._factors)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
         pairs = [member.factors() for member in self.members]  # type: ignore[operator]
         downs, ups = [down for down, _ in pairs], [c * up for c, (_, up) in zip(self.factor, pairs, strict=True)]
         return (downs[0], ups[0]) if len(ups) == 1 else (torch.cat(downs, -2), torch.cat(ups, -1))

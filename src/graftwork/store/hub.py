@@ -55,6 +55,9 @@ class Place:
     path: Path
     origin: Address | None = None
 
+    def __str__(self) -> str:
+        return str(self.path if self.origin is None else self.origin)
+
     @property
     def name(self) -> str:
         """What a person calls it: the last word of the path, or of the address."""
@@ -94,8 +97,7 @@ def locate(where: str | Path) -> Place:
 
 def pinned(where: str | Path) -> str:
     """The same place, so that every later look finds the same files: an address gets its commit, a folder stays."""
-    place = locate(where)
-    return str(where) if place.origin is None else str(place.origin)
+    return str(locate(where))
 
 
 def _download(at: Address, patterns: tuple[str, ...]) -> Path:

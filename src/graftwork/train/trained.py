@@ -14,11 +14,13 @@ from transformers import TrainingArguments
 
 from .. import combinators, methods  # noqa: F401  (they register the names that a file uses)
 from ..core.adapter import Adapter
+from ..core.algebra import Beside, Rows
 from ..core.errors import GraftError
-from ..core.graft import adapters
+from ..core.graft import activate
+from ..core.grammar import parse
 from ..core.merge import forget, merge
 from ..formats import load
-from ..store.hub import pinned
+from ..store.hub import locate
 from . import backbone, tasks
 from .described import metadata_of
 from .tasks import Task, Tokens
@@ -157,10 +159,18 @@ class Trained:
         self.processor.save_pretrained(folder)
 
 
-def open_trained(folder: str | Path, name: str | None = None) -> Trained:
+def open_trained(
+    folder: str | Path, name: str | None = None, more: Sequence[str | Path] = (), expression: str | None = None
+) -> Trained:
     """The adapter of this folder on its backbone. name: the backbone's folder or hub name, where it is not what
-    the file says."""
-    folder = pinned(folder)
+    the file says.
+
+    more: folders of other adapters of the same backbone, which `expression` may name, each as its folder is called.
+    expression: what is active, e.g. "0.5*sst2 + 0.5*imdb"; None is the adapter of `folder`, whose task is the model's.
+    """
+    first, *others = found = [locate(place) for place in (folder, *more)]
+    _check([place.name for place in found], expression)
+    folder = str(first)
     metadata = metadata_of(folder).get("metadata", {})
     if "task" not in metadata:
         raise GraftError(
@@ -176,10 +186,24 @@ def open_trained(folder: str | Path, name: str | None = None) -> Trained:
         if name is None:
             raise GraftError(error.asked, error.found, "name the backbone with --backbone") from error
         raise
-    load(loaded.model, folder)
-    [adapter] = adapters(loaded.model).values()
+    for other in others:
+        load(loaded.model, str(other), other.name)
+    adapter = load(loaded.model, folder, None if expression is None else first.name)
+    if expression is not None:
+        activate(loaded.model, expression)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Trained(loaded.model.to(device).eval(), adapter, task, loaded.processor)
+
+
+def _check(names: Sequence[str], expression: str | None) -> None:
+    """GraftError where several adapters cannot be told apart, or the expression has not one output for every row."""
+    if len(names) > 1 and expression is None:
+        raise GraftError("several adapters", "no expression says what is active", "add --adapter 'a >> b'")
+    if len(set(names)) < len(names):
+        raise GraftError("several adapters", f"folders of one name: {', '.join(names)}", "call each folder otherwise")
+    if expression is not None and expression not in names and isinstance(parse(expression), Rows | Beside):
+        do = "give one expression for all rows; rows and branches are for Python (gw.rows, a | b)"
+        raise GraftError(f"the adapter {expression!r}", "one for each row or output", do)
 
 
 def rows_of(task: Task, texts: Sequence[Any], pairs: Sequence[Any] | None = None) -> list[dict[str, Any]]:
