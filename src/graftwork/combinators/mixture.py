@@ -77,7 +77,7 @@ class Mixture(Method):
         if first is None or self.experts == 1:
             return first
         experts = [first, *(self.of.build(site, part) for _ in range(self.experts - 1))]
-        if any(first.overrides(f) for f in ("attend", "around", "enter")):
+        if any(first.overrides(f) for f in ("attend", "around", "enter", "amend")):
             raise GraftError(
                 f"{self} at {site.key}", f"{self.of.name} does more than edit an output", "mix another method"
             )

@@ -38,6 +38,9 @@ class Substituted:
     def enter(self, x: Tensor) -> Tensor:
         return self.run("enter", x)
 
+    def amend(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+        return self.run("amend", x, base)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attention: Attention) -> Tensor:
         return self.run("attend", q, k, v, mask, attention)
 

@@ -25,6 +25,7 @@ class Delta(nn.Module):
     Override one or more of
         forward(x, y) -> y'                     edit the site's output y [..., d] (channels last), given x (see `source`)
         enter(x) -> x'                          edit the input of the site's norm (the residual stream of a pre-norm block)
+        amend(x, base) -> x'                    edit the site's input, knowing what the site gives for it, base(x)
         attend(q, k, v, mask, attention)        replace the attention of the site's attention module
         around(base, *args, **kwargs)           the general form: may change inputs, skip the module, or call it twice
 
@@ -67,6 +68,10 @@ class Delta(nn.Module):
 
     def enter(self, x: Tensor) -> Tensor:
         """The norm's input, edited."""
+        raise NotImplementedError
+
+    def amend(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+        """The site's input, edited; base(x) is the site's output for it."""
         raise NotImplementedError
 
     def around(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

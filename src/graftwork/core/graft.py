@@ -20,10 +20,12 @@ from .errors import GraftError, nearest
 from .grafted import armed
 from .initial import Later, drawing_from
 from .method import Method, flatten, from_json
-from .pieces import compiled, deltas_of
+from .mixing import held, made_for, mixed_names, resolved
+from .pieces import check_heads, compiled, mixed_sites
+from .places import deltas_of
 from .site import Site
 from .weight import NO_WEIGHT
-from .where import select
+from .where import in_layers, select
 
 
 def graft(
@@ -53,10 +55,23 @@ def graft(
     generator = torch.Generator().manual_seed(
         int(torch.empty((), dtype=torch.int64).random_().item()) if seed is None else seed
     )
-    parts = [build(method, select(found, method.at, method.layers), found, generator) for method in chosen]
+    parts = [build(method, _sites(model, method, body), found, generator) for method in chosen]
     adapter = Adapter(name, parts)
     attach(model, adapter, body)
     return adapter
+
+
+def _sites(model: nn.Module, method: Method, body: Body) -> Sequence[Site]:
+    """Where a method is grafted: as its `at` says; one that mixes adapters sits where these are."""
+    if not method.mixes:
+        return select(body.anatomy, method.at, method.layers)
+    for name in {name for e in made_for(method) for name in e.names()}:
+        find(model, name)
+    there = mixed_sites(method, adapters(model), body.modules)
+    if method.at:
+        chosen = {site.key for site in select(body.anatomy, method.at, None)}
+        there = [site for site in there if site.key in chosen]
+    return in_layers(there, method.layers) if method.layers else there
 
 
 def attach(model: nn.Module, adapter: Adapter, body: Body) -> None:
@@ -125,29 +140,34 @@ def activate(model: nn.Module, expression: Expr | str | None) -> None:
     root = install.root_of(model)
     if isinstance(expression, str) and expression in root.adapters:
         expression = A(expression)  # a name may hold characters that an expression's text would quote
-    e = None if expression is None else as_expr(expression)
+    given = None if expression is None else as_expr(expression)
+    for name in () if given is None else given.names():
+        find(model, name)
+    e = None if given is None else resolved(given, root.adapters)
     chain = () if e is None else e.names()
-    for name in chain:
+    for name in chain:  # with those that a mixing adapter names
         find(model, name)
     if root.merged is not None and chain:
         raise GraftError(f"activate {e}", f"{root.merged} is merged into the weights", "call gw.unmerge first")
     rows = grouping.table(root.body.modules, e, root.adapters, root.runtime) if isinstance(e, Rows) else None
-    branches = Branches(e, model) if isinstance(e, Beside) else None
+    branches = Branches(given, model) if isinstance(given, Beside) else None
     plain = (
         e.of[:1] if isinstance(e, Rows) else e.of if isinstance(e, Beside) else (e,)
     )  # where all rows have one, the first
     apart = rows is not None and not rows.uniform
-    chains = [
-        deltas_of(compiled(t, root.adapters, root.body.modules)) if t is not None and not apart else () for t in plain
-    ]
+    moves = [compiled(t, root.adapters, root.body.modules) if t is not None and not apart else [] for t in plain]
+    for t, steps in zip(plain, moves, strict=True):
+        check_heads(t, steps)
+    chains = [deltas_of(steps) for steps in moves]
+    still = held(e, root.adapters)
     install.compile_plans(model, chains, rows if apart else None, branches)
     root.runtime.branches = branches
     root.runtime.rows = rows
     for name in dict.fromkeys((*root.active, *chain)):  # no other has a parameter that asks for gradients
         for p in root.adapters[name].parameters():
-            if p.requires_grad != (wanted := name in chain and root.adapters[name].trainable):
+            if p.requires_grad != (wanted := name in chain and name not in still and root.adapters[name].trainable):
                 p.requires_grad_(wanted)
-    root.active, root.expression = chain, None if e is None else str(e)
+    root.active, root.expression = chain, None if given is None else str(given)
     stepped = (
         p
         for a in active_adapters(model)
@@ -157,9 +177,13 @@ def activate(model: nn.Module, expression: Expr | str | None) -> None:
         for p in d.parameters()
     )
     root.clock.watch(next(stepped, None))
+    headless = mixed_names(e)
     labels.apply(
         model,
-        labels.common([a.labels for a in active_adapters(model) if a.labels], rows is not None or branches is not None),
+        labels.common(
+            [a.labels for a in active_adapters(model) if a.labels and a.name not in headless],
+            rows is not None or branches is not None,
+        ),
     )
 
 

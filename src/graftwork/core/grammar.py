@@ -5,14 +5,17 @@ stack  := sum (">>" sum)*
 sum    := term (("+" | "-") term)*
 term   := "-" term | number "*" term | atom
 atom   := name | "(" expr ")" | "mean" "(" expr ("," expr)* ")" | "drop" "(" expr "," "layers" "=" text ")"
-          | "rows" "(" row ("," row)* ")"
+          | "rows" "(" row ("," row)* ")" | "split" "(" expr "=" tokens ("," expr "=" tokens)* ")"
+          | "fuse" "(" expr ("," expr)* ["," "by" "=" text] ")" | "route" "(" expr ("," expr)* "," "by" "=" text ")"
 row    := "none" | expr
+tokens := number of tokens, or -1 for all that are left;  text := a word, or any text in double quotes
 A name is a word of letters, digits and ._/- that does not begin with - ; any other name is written in double quotes, and so is one
 called none. Subtraction has a space around it: a - b, while a-b is a name. A number is a word in front of * .
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -21,6 +24,7 @@ from typing import Any
 
 from .algebra import LAYERS, NONE, A, Drop, Expr, Mean, Rows, add, whole
 from .errors import GraftError
+from .mixing import fuse, route, split
 
 TOKEN = re.compile(r'\s*(?:(?P<mark>>>|[(),*=+|-])|(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<word>[\w./][\w./-]*))')
 NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)([eE]-?\d+)?")
@@ -37,7 +41,14 @@ class _Reader:
     def __init__(self, text: str) -> None:
         self.text, self.at = text, 0
         self.tokens: list[tuple[str, str, int]] = []  # kind, value, column
-        self.calls: dict[str, Callable[[], Expr]] = {"mean": self.mean, "drop": self.drop, "rows": self.rows}
+        self.calls: dict[str, Callable[[], Expr]] = {
+            "mean": self.mean,
+            "drop": self.drop,
+            "rows": self.rows,
+            "split": self.split,
+            "fuse": lambda: self.mixture("fuse"),
+            "route": lambda: self.mixture("route"),
+        }
         end = 0
         while rest := text[end:].lstrip():
             found = TOKEN.match(text, end)
@@ -158,6 +169,45 @@ class _Reader:
             self.at += 1
             return None
         return self.inside("rows")
+
+    def split(self) -> Expr:
+        at, pairs = self.column, [self.range()]
+        while self.takes(","):
+            pairs.append(self.range())
+        self.needs(")", ", or )")
+        return self.made(at, split, *pairs)
+
+    def range(self) -> tuple[Expr, int]:
+        e = self.inside("split")
+        self.needs("=", "=16, the number of tokens")
+        sign = -1 if self.takes("-") else 1
+        kind, value, at = self.tokens[self.at]
+        if kind != "word" or not value.isdecimal():
+            raise self.refusal(at, "expected a number of tokens, or -1 for all that are left")
+        self.at += 1
+        return e, sign * int(value)
+
+    def mixture(self, word: str) -> Expr:
+        at, of, by = self.column, [self.inside(word)], None
+        while self.takes(","):
+            if self.tokens[self.at][:2] == ("word", "by") and self.sees("=", 1):
+                self.at += 2
+                by = self.text_here("by=name")
+                break
+            of.append(self.inside(word))
+        self.needs(")", ", or )")
+        if word == "fuse":
+            return self.made(at, functools.partial(fuse, by=by), *of)
+        if by is None:
+            raise self.refusal(self.column - 1, 'expected by=..., as in route(a, b, by="arrow")')
+        return self.made(at, functools.partial(route, by=by), *of)
+
+    def text_here(self, wanted: str) -> str:
+        kind, value, at = self.tokens[self.at]
+        if kind not in ("word", "quoted"):
+            raise self.refusal(at, f"expected {wanted}")
+        self.at += 1
+        return self.quoted(value, at) if kind == "quoted" else value
 
     def inside(self, word: str) -> Expr:
         """An expression inside the brackets of `word`, where rows and branches have no place."""

@@ -77,21 +77,23 @@ class Group:
 
     def adapted(self, name: str, stored: Tensor | None) -> Tensor | None:
         """What somebody sees who reads the weight around the module: its shape and dtype, no numbers."""
-        if stored is None:
-            raise _differs(name, self.key)
-        if isinstance(stored, PerRow):
-            return stored
-        seen = stored.detach().as_subclass(PerRow)  # type: ignore[no-untyped-call]
-        seen.about = (name, self.key)
-        return seen
+        return unreadable(name, stored, self.key, "row", "activate one adapter at a time, with gw.using, for its rows")
 
 
-def _differs(name: str, key: str) -> GraftError:
-    return GraftError(
+def unreadable(name: str, stored: Tensor | None, key: str, of: str, do: str) -> Tensor:
+    """A weight that each row (or token: `of`) has another one of, for whoever reads it around the module. do: what to do instead."""
+    about = (
         f"the adapted {name!r} at {key}",
-        "something reads it without calling the module, and each row has another one",
-        "activate one adapter at a time, with gw.using(model, name) for its rows",
+        f"something reads it without calling the module, and each {of} has another one",
+        do,
     )
+    if stored is None:
+        raise GraftError(*about)
+    if isinstance(stored, PerRow):
+        return stored
+    seen: PerRow = stored.detach().as_subclass(PerRow)  # type: ignore[no-untyped-call]
+    seen.about = about
+    return seen
 
 
 _T: Any = torch.Tensor
@@ -103,9 +105,9 @@ _SAID |= {_T.size, _T.dim, _T.numel, _T.is_floating_point, _T.element_size, _T._
 
 
 class PerRow(torch.Tensor):
-    """A weight that each row has another one of: models ask for its dtype, but nobody may compute with it."""
+    """A weight that each row has another one of: models ask for its dtype, but nobody may compute with it. about: the refusal."""
 
-    about: tuple[str, str] = ("", "")
+    about: tuple[str, str, str] = ("", "", "")
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -114,7 +116,7 @@ class PerRow(torch.Tensor):
         flat = [
             a for arg in (*args, *(kwargs or {}).values()) for a in (arg if isinstance(arg, list | tuple) else [arg])
         ]
-        raise _differs(*next((a.about for a in flat if isinstance(a, cls)), cls.about))
+        raise GraftError(*next((a.about for a in flat if isinstance(a, cls)), cls.about))
 
 
 class Step(Group):

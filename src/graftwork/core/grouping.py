@@ -18,9 +18,11 @@ from .delta import Delta, WeightDelta
 from .errors import GraftError
 from .likeness import like
 from .method import Method
+from .mixed import MixedWeight
 from .passes import Runtime
-from .pieces import Move, compiled, deltas_of
-from .plan import channels_first, disjoint
+from .pieces import compiled
+from .places import Move, deltas_of
+from .plan import channels_first, disjoint, vectors, whole
 from .rows import Table, check_order, tensors_of
 from .rowwise import Denses, Diagonals, Lookups, LowRanks
 from .site import Site
@@ -47,7 +49,7 @@ def table(modules: Mapping[str, nn.Module], rows: Rows, adapters: Mapping[str, A
     held = {id(t): t for t in tensors_of([*(d for _, d in deltas_of(moves)), *(p.shared_modules for p in parts)])}
     made.parameters = [t for t in held.values() if not t.is_inference()]  # those have no version, and never change
     made.dropping = next((str(p.method) for p in parts if drops(p.method)), None)
-    weights: dict[str, dict[int, list[tuple[Site, WeightDelta]]]] = {}
+    weights: dict[str, dict[int, list[tuple[Site, Any]]]] = {}
     spoken: dict[int, str] = {}  # what a refusal calls a delta
     attends: dict[str, tuple[Site, dict[int, list[Delta]]]] = {}
     for slot in slots(chains):
@@ -58,11 +60,11 @@ def table(modules: Mapping[str, nn.Module], rows: Rows, adapters: Mapping[str, A
                     raise refusal(slot[n].text, site, distinct[n][0], "it adds up edits that read different inputs")
                 if delta.overrides("around"):
                     raise refusal(spoken[id(delta)], site, distinct[n][0], "it changes the whole pass of a module")
-                if isinstance(delta, WeightDelta) and delta.names():
+                if isinstance(delta, WeightDelta | MixedWeight) and delta.names():
                     weights.setdefault(site.path, {}).setdefault(n, []).append((site, delta))
                 if delta.overrides("attend"):
                     attends.setdefault(site.path, (site, {}))[1].setdefault(n, []).append(delta)
-            edits = {n: d for n, d in members.items() if d.overrides("forward") or d.overrides("enter")}
+            edits = {n: d for n, d in members.items() if any(map(d.overrides, ("forward", "enter", "amend")))}
             made.deltas += [(site, group) for group in _forwards(made, site, edits)]
     made.deltas += [(site, Attends(made, site.key, members)) for site, members in attends.values()]
     for path, chains_here in weights.items():
@@ -167,6 +169,8 @@ def _steps(made: Table, module: nn.Module, chains: Mapping[int, list[tuple[Site,
 
 def fast(module: nn.Module, deltas: Sequence[WeightDelta]) -> list[str]:
     """The forms of one adapter's deltas on a module, or nothing where they do not all have one that the others allow."""
+    if any(d.overrides("product") for d in deltas):
+        return []
     kinds = [form(module, d) for d in deltas]
     free = all(d.additive for d in deltas[1:]) or disjoint(list(deltas))  # the first sees the backbone's own product
     return kinds if free and "" not in kinds else []
@@ -192,21 +196,11 @@ def form(module: nn.Module, delta: WeightDelta) -> str:
     return "lookup" if looked_up and factors else ""
 
 
-def _vectors(module: nn.Module) -> bool:
-    """Whether the module holds vectors and nothing else, as a norm does."""
-    own = [p for p in module._parameters.values() if p is not None]
-    return all(name == "graft" for name in module._modules) and all(p.dim() < 2 for p in own)
-
-
-def whole(module: nn.Module, site: Site) -> bool:
-    """Whether the module can run with another weight for each row: axis 0 of its one input is the batch, and stays apart."""
-    linear = getattr(module, "weight", None) is not None and site.weight.linear
-    return linear or _vectors(module) or isinstance(module, _ConvNd | nn.Embedding)
-
-
 def _dense(made: Table, module: nn.Module, site: Site, members: dict[int, list[WeightDelta]]) -> Denses:
     names = tuple(dict.fromkeys(name for chain in members.values() for d in chain for name in d.names()))
     step = Denses(made, site.key, members, names, module, together=False)
+    if any(d.overrides("product") for chain in members.values() for d in chain):
+        return step  # what is mixed has the shape of what the module gives
     shapes = {tuple(None if v is None else tuple(v.shape) for v in step.values(chain)) for chain in step.deltas}
     if not step.whole or len(members) < len(set(made.index)):
         shapes.add(tuple(None if (p := module._parameters[n]) is None else tuple(p.shape) for n in names))
@@ -216,5 +210,5 @@ def _dense(made: Table, module: nn.Module, site: Site, members: dict[int, list[W
         raise GraftError(f"one adapter per row at {site.key}", f"weights of different shapes, {found}", do)
     numbers = sum(torch.Size(s).numel() for s in next(iter(shapes)) if s is not None) * len(step.covered)
     lasting = all(d.lasting for chain in members.values() for d in chain)
-    step.together = lasting and numbers <= LARGEST and (_vectors(module) or site.weight.linear)
+    step.together = lasting and numbers <= LARGEST and (vectors(module) or site.weight.linear)
     return step

@@ -21,6 +21,7 @@ from .body import Body
 from .delta import Delta, WeightDelta
 from .errors import GraftError
 from .grafted import Graft, Grafted, arm, armed, disarm
+from .mixed import MixedWeight, through
 from .passes import Runtime
 from .plan import Plan
 from .root import Root, body_of, graft_in, is_grafted, root_of
@@ -154,9 +155,6 @@ def compile_plans(
             continue
         record = armed(module) or Armed(root.runtime, root if path == "" else None)
         record.follow(own, overriding=path in root.statistics or path in bypassed, below=path in below)
-        for plan in own:
-            if plan is not None and rows is None:
-                plan.compile(module)
         arm(module, tuple({name for plan in own if plan is not None for name in plan.weights}), record)
         root.armed.append(module)
         if branches is not None:
@@ -192,6 +190,11 @@ def _plans(root: Root, chain: Pieces, rows: Table | None, bypassable: set[str]) 
             plan_of(path).weights.setdefault(name, []).append(step)  # type: ignore[arg-type]
     if attends:
         register_interface()
+    for path, plan in plans.items() if rows is None else ():
+        distinct = list(dict.fromkeys(d for deltas in plan.weights.values() for d in deltas))
+        if any(d.overrides("product") for d in distinct):
+            plan.rowwise.append(through(modules[path], distinct))
+        plan.compile(modules[path])
     return plans
 
 
@@ -216,12 +219,14 @@ def _above(path: str) -> tuple[str, ...]:
 def _add(plan_of: Callable[[str], Plan], site: Site, delta: Delta) -> None:
     here = site.path
     out = here if site.exit is None else site.exit
-    if isinstance(delta, WeightDelta):
+    if isinstance(delta, WeightDelta | MixedWeight):
         for name in delta.names():
-            plan_of(here).weights.setdefault(name, []).append(delta)
+            plan_of(here).weights.setdefault(name, []).append(delta)  # type: ignore[arg-type]
     if delta.overrides("attend"):
         inner = caller(site.module)
         plan_of(".".join(filter(None, (here, inner)))).attend.append(delta)
+    if delta.overrides("amend"):
+        plan_of(here).amend.append(delta)
     if delta.overrides("around"):
         plan_of(here).around.append(delta)
     if delta.overrides("forward"):

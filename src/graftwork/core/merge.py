@@ -67,7 +67,9 @@ def merge(model: nn.Module) -> None:
 
 def delta_mergeable(delta: WeightDelta) -> bool:
     """Whether this delta, as it stands, is a change of weights and nothing else."""
-    return not any(delta.overrides(function) for function in ("attend", "around", "enter")) and bool(delta.names())
+    return not any(delta.overrides(function) for function in ("attend", "around", "enter", "amend")) and bool(
+        delta.names()
+    )
 
 
 def unmerge(model: nn.Module) -> None:

@@ -30,12 +30,17 @@ class Method:
     identity: the grafted model computes exactly what the backbone does before any training.
     mergeable: the delta can be written into the backbone's weights.
     needs: what must be called around training: "step" (a schedule), "calibrate" (data before training).
+    mixes: it mixes other adapters where these act: its deltas are `Mixer`s, and its options say `of` which (the texts of expressions)
+        and whether they are trained with it (`joint`).
+    trains: its deltas have parameters.
     """
 
     name: ClassVar[str] = ""
     identity: ClassVar[bool] = True
     mergeable: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ()
+    mixes: ClassVar[bool] = False
+    trains: ClassVar[bool] = True
 
     at: str = dataclasses.field(default="", kw_only=True)
     layers: str | None = dataclasses.field(default=None, kw_only=True)

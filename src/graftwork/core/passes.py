@@ -8,7 +8,7 @@ checkpointing runs again during the backward pass counts as inside: it must see 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ class Runtime:
     by_rows: modules, by path, that are known to have the batch along axis 0, and whether several entries there belong to one row.
     branches: what each of several expressions side by side needs, while `a | b` is active.
     generating: inside `model.generate`, where a row of the batch may have become several.
+    watching: is told, for a site's key, which members are mixed there and by which weights, inside of `gw.mixing_weights`.
     """
 
     def __init__(self) -> None:
@@ -43,10 +44,11 @@ class Runtime:
         self.stacks: dict[Any, Any] = {}
         self.by_rows: dict[str, bool] = {}
         self.generating = 0
+        self.watching: Callable[[str, tuple[int, ...], Tensor], None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # a copied or pickled model starts outside any pass
-        outside = {"running": False, "state": {}, "mask": None, "stacks": {}, "generating": 0}
+        outside = {"running": False, "state": {}, "mask": None, "stacks": {}, "generating": 0, "watching": None}
         kept = {name: getattr(self, name) for name in ("context", "rows", "branches", "keeps_weights", "by_rows")}
         return kept | outside
 

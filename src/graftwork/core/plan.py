@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,8 @@ from .delta import Delta, WeightDelta
 from .errors import GraftError
 from .kept import Keeper
 from .passes import Runtime
+from .site import Site
 from .weight import Weight, is_conv1d
-
-if TYPE_CHECKING:
-    from .group import Step
 
 
 class Host:
@@ -62,9 +60,12 @@ class Plan:
     def __init__(self, module: nn.Module) -> None:
         self.weights: dict[str, list[WeightDelta]] = {}  # parameter name -> deltas, first applied first
         self.linear: list[tuple[WeightDelta, Host]] = []  # the fast path, empty where there is none
-        self.rowwise: list[Step] = []  # one adapter per row: each step runs the one before it, the module itself first
+        self.rowwise: list[
+            Callable[..., Tensor]
+        ] = []  # a weight for each row or token: each step calls the one before it, the module first
         self.capture: list[Delta] = []  # deltas elsewhere that want this module's input
         self.enter: list[Delta] = []
+        self.amend: list[Delta] = []
         self.forward: list[tuple[Delta, int]] = []  # delta, width of the site
         self.attend: list[Delta] = []
         self.around: list[Delta] = []
@@ -75,7 +76,7 @@ class Plan:
     def compile(self, module: nn.Module) -> None:
         """Choose the fast path, once every delta is known."""
         distinct = list(dict.fromkeys(d for chain in self.weights.values() for d in chain))
-        if not distinct:
+        if not distinct or self.rowwise:
             return
         fast = all(d.view.linear and d.overrides("linear") for d in distinct)
         # the first sees the backbone's own product, so that it need not be additive
@@ -105,7 +106,7 @@ class Plan:
         self, base: Callable[..., Any], runtime: Runtime, thin: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """What the module returns in this pass. thin: by the fast path, where there is one."""
-        if not (self.forward or self.rowwise or self.capture or self.enter or self.around):
+        if not (self.forward or self.rowwise or self.capture or self.enter or self.amend or self.around):
             return self._product(base, args, kwargs) if thin else base(*args, **kwargs)
         call = partial(self._inner, base, runtime, thin)
         for delta in self.around:
@@ -123,14 +124,34 @@ class Plan:
                 for delta in self.enter:
                     edited = delta.enter(edited)
                 args, kwargs = replace_first(args, kwargs, x, self._stored(edited))
-        if self.rowwise:
-            below = base
-            for step in self.rowwise:
-                below = partial(step, below, base)
-            out = below(*args, *kwargs.values())
-        else:
-            out = self._product(base, args, kwargs) if thin and self.linear else base(*args, **kwargs)
+        for delta in self.amend:
+            given = first_tensor(args, kwargs)
+            call = partial(self._output, base, thin, args, kwargs, given)
+            args, kwargs = replace_first(args, kwargs, given, self._stored(delta.amend(self._last(given), call)))
+        out = self._called(base, thin, args, kwargs)
         return self._edit(out, x, runtime) if self.forward else out
+
+    def _called(self, base: Callable[..., Any], thin: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module with its adapted weights."""
+        if not self.rowwise:
+            return self._product(base, args, kwargs) if thin and self.linear else base(*args, **kwargs)
+        below = base
+        for step in self.rowwise:
+            below = partial(step, below, base)
+        return below(*args, *kwargs.values())
+
+    def _output(
+        self,
+        base: Callable[..., Any],
+        thin: bool,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        given: Tensor,
+        x: Tensor,
+    ) -> Tensor:
+        """The output, channels last, for x [.., d] in the place of the main input `given`."""
+        args, kwargs = replace_first(args, kwargs, given, self._stored(x))
+        return self._last(first_output(self._called(base, thin, args, kwargs)))  # type: ignore[no-any-return]
 
     def _product(self, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         *inner, (last, at) = self.linear
@@ -140,7 +161,7 @@ class Plan:
         call: Callable[[Tensor], Tensor] = base
         for delta, host in self.linear:
             call = (
-                partial(_on_rows, delta, call, host) if delta.view.rows else partial(delta.linear, base=call, host=host)
+                partial(on_rows, delta, call, host) if delta.view.rows else partial(delta.linear, base=call, host=host)
             )
         return call(*args, *kwargs.values())
 
@@ -164,7 +185,7 @@ def _dear(delta: WeightDelta) -> bool:
     return work > 0 and 10 * work > math.prod(delta.view.shape[-2:])
 
 
-def _on_rows(delta: WeightDelta, base: Callable[[Tensor], Tensor], host: Host, x: Tensor) -> Tensor:
+def on_rows(delta: WeightDelta, base: Callable[[Tensor], Tensor], host: Host, x: Tensor) -> Tensor:
     """The fast path on a slice of the host's output (q inside a packed qkv)."""
     y = base(x)
     a, b = delta.view.rows or (0, y.shape[-1])
@@ -192,6 +213,18 @@ def disjoint(deltas: list[WeightDelta]) -> bool:
     """Whether no two of the deltas touch the same rows of the host's weight, so that the order does not matter."""
     spans = sorted(d.view.rows or (0, d.view.stored[0]) for d in deltas if d.view.rows or len(deltas) == 1)
     return len(spans) == len(deltas) and all(a[1] <= b[0] for a, b in pairwise(spans))
+
+
+def vectors(module: nn.Module) -> bool:
+    """Whether the module holds vectors and nothing else, as a norm does."""
+    own = [p for p in module._parameters.values() if p is not None]
+    return all(name == "graft" for name in module._modules) and all(p.dim() < 2 for p in own)
+
+
+def whole(module: nn.Module, site: Site) -> bool:
+    """Whether the module can run with another weight for each row: axis 0 of its one input is the batch, and stays apart."""
+    linear = getattr(module, "weight", None) is not None and site.weight.linear
+    return linear or vectors(module) or isinstance(module, nn.modules.conv._ConvNd | nn.Embedding)
 
 
 def channels_first(module: nn.Module) -> bool:

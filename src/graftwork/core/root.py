@@ -49,7 +49,7 @@ class Root(Graft):
     def _check_reached(self) -> None:
         """Warn where the pass never called a module whose activations are adapted: its weight may be read, but not its output."""
         plans = [r.plan for m in self.armed if (r := armed(m)) is not None and r.plan is not None and not r.reached]
-        missed = [d for plan in plans for d in [f[0] for f in plan.forward] + plan.attend + plan.around]
+        missed = [d for plan in plans for d in [f[0] for f in plan.forward] + plan.attend + plan.around + plan.amend]
         if missed:
             warnings.warn(
                 f"{len(missed)} deltas had no effect in this pass, {missed[0].key} first: the model never calls that module "

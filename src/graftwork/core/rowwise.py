@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .delta import WeightDelta
 from .errors import GraftError
 from .group import Base, Step
-from .likeness import swapped
+from .likeness import narrowed, swapped
+from .mixed import through
 
 if TYPE_CHECKING:
     from .rows import Table
@@ -175,11 +176,19 @@ class Denses(Step):
         dims = (0, tuple(None if v is None else 0 for v in values))
         return torch.func.vmap(lambda x, v: self._run(base, x, v), in_dims=dims)(xs, values)  # type: ignore[no-any-return]
 
+    def _one(self, base: Base, x: Tensor, chain: Sequence[Any], at: Sequence[int]) -> Tensor:
+        """One adapter's rows."""
+        if not any(d.overrides("product") for d in chain):
+            return self._run(base, x, self.values(chain))
+        side, shared = self.table.sides([self.covered[n] for n in at])
+        with narrowed(self.table.runtime, shared | {name: t.flatten(0, 1) for name, t in side.items()}):
+            return through(self.host, chain)(base, base, x)
+
     def _apart(self, base: Base, xs: Tensor) -> Tensor:
         outs, order = [], []
         for i, chain in enumerate(self.deltas):
             at = [n for n, row in enumerate(self.covered) if self.places[row] == i]
             mine = xs[self.table.at([self.covered[n] for n in at], xs.device)]
-            outs.append(self._run(base, mine.flatten(0, 1), self.values(chain)).unflatten(0, mine.shape[:2]))
+            outs.append(self._one(base, mine.flatten(0, 1), chain, at).unflatten(0, mine.shape[:2]))
             order += at
         return torch.cat(outs)[self.table.at(order, xs.device).argsort()]

@@ -233,6 +233,29 @@ class EnterSum(Delta):
         return total
 
 
+class EditSum(Delta):
+    """x' = x + sum_i c_i (f_i(x, base) - x) for the input of a module, base(x) being what it gives."""
+
+    def __init__(self, terms: Sequence[Term]) -> None:
+        super().__init__()
+        self.terms = [(term.c, term.deltas) for term in terms]
+        self.members = nn.ModuleList(dict.fromkeys(d for term in terms for d in term.deltas))
+
+    def amend(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+        total, y = x, base(x)  # the module runs once for all of them
+        for c, deltas in self.terms:
+            total = torch.add(total, amended(deltas, x, y, base) - x, alpha=c)
+        return total
+
+
+def amended(deltas: Sequence[Delta], x: Tensor, y: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+    """x edited by each in turn, y = base(x)."""
+    edited = x
+    for delta in deltas:
+        edited = delta.amend(edited, lambda given: y if given is x else base(given))
+    return edited
+
+
 class AttendSum(Delta):
     """o' = o + sum_i c_i (f_i(q, k, v) - o), o = attention(q, k, v)."""
 

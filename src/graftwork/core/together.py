@@ -105,7 +105,7 @@ def _differ(column: Sequence[Tensor]) -> bool:
 
 def call(delta: Delta, function: str, x: tuple[Tensor, ...], fixed: dict[str, Any]) -> Tensor:
     """One delta on some rows. Its base is known for the input that it was given; under vmap there is no other."""
-    if function != "linear":
+    if function not in ("linear", "amend"):
         return getattr(delta, function)(*x)  # type: ignore[no-any-return]
     given, y = x
 
@@ -114,6 +114,8 @@ def call(delta: Delta, function: str, x: tuple[Tensor, ...], fixed: dict[str, An
             raise SharedStateError
         return y if other is given else fixed["base"](other)
 
+    if function == "amend":
+        return delta.amend(given, base)
     return delta.linear(given, base, fixed["host"])  # type: ignore[operator, no-any-return]
 
 
@@ -137,10 +139,10 @@ class Linears(Like, Step):
 
 
 class Forwards(Like):
-    """Edits of the output, `forward(x, y)`, and, where there is one, of the input, `enter(x)`."""
+    """Edits of the output, `forward(x, y)`, and of an input, `enter(x)` and `amend(x, base)`, where there are such."""
 
     def overrides(self, function: str) -> bool:
-        return function in ("forward", "enter") and self.deltas[0].overrides(function)
+        return function in ("forward", "enter", "amend") and self.deltas[0].overrides(function)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The output of the whole batch, each row edited by its own delta."""
@@ -152,6 +154,11 @@ class Forwards(Like):
         self.apart = True  # what is read here is used at the output: state of the pass
         x = self.table.wide(x, self.key)
         return self.joined(x, self.run("enter", self.split(x)))
+
+    def amend(self, x: Tensor, base: Base) -> Tensor:
+        """The input of the whole batch, where an edit asks for the module's output."""
+        x = self.table.wide(x, self.key)
+        return self.joined(x, self.run("amend", self.split(x), self.split(base(x)), base=base))
 
 
 class Attends(Group):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -54,9 +54,9 @@ class Branch(Delta):
         self.runtime.state[self, "branch"] = a = self.branch(x)
         return x + a
 
-    def around(self, base: Callable[..., Any], x: Tensor) -> Tensor:
-        """position "sum" at a norm: the norm is passed twice."""
-        return base(x + self.branch(base(x)))
+    def amend(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+        """position "sum" at a norm: x = a + r is edited by what the norm gives for it, and then passes the norm."""
+        return x + self.branch(base(x))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if self.position == "before":
@@ -64,8 +64,8 @@ class Branch(Delta):
         return y + self.branch(y if self.position == "after" else y + x if self.position == "sum" else x)
 
     def overrides(self, function: str) -> bool:
-        if function in ("around", "forward"):
-            return self.twice == (function == "around")
+        if function in ("amend", "forward"):
+            return self.twice == (function == "amend")
         return self.position == "before" if function == "enter" else super().overrides(function)
 
 

@@ -1,0 +1,1 @@
+"""Methods that mix other adapters, where these act: `fuse(...)` and `route(..., by=...)` of the expressions ask them for weights."""
