@@ -101,7 +101,8 @@ class Armed:
         rows = runtime.rows
         if rows is not None:
             rows.begin(module.training, args, kwargs)
-        runtime.begin(mask if root is not None or (mask is not None and mask.dim() == 2) else None)
+        mask = mask if root is not None or (mask is not None and mask.dim() == 2) else None
+        runtime.begin(mask, kwargs.get("past_key_values"))
         if root is not None:
             root.begin(module.training)
         runtime.running = True

@@ -90,8 +90,10 @@ class Fixed(Mixer):
 class Ranges(Mixer):
     """The i-th member has the tokens from bounds[i] up to bounds[i + 1] of each row, None being the end; y elsewhere."""
 
-    def __init__(self, lengths: Sequence[int]) -> None:
+    def __init__(self, lengths: Sequence[int], tower: str = "") -> None:
         super().__init__()
+        self.masked = tower in ("", "encoder", "text")  # the pass's mask speaks of this tower's tokens
+        self.cached = tower in ("", "decoder", "text")
         self.spans: list[tuple[int, int | None]] = []
         begin = 0
         for n in lengths:
@@ -117,12 +119,10 @@ class Ranges(Mixer):
         if y.dim() != 3:
             do = "choose another `at` for these adapters, or leave the site's layer out with drop(...)"
             raise GraftError(f"split at {self.key}", f"no tokens in {list(y.shape)}: not [batch, seq, d]", do)
-        seq, mask = y.shape[1], self.runtime.mask
+        seq, mask = y.shape[1], self.runtime.mask if self.masked else None
         at = torch.arange(seq, device=y.device)[None]
         if mask is None or mask.dim() != 2:
-            if self.runtime.generating:
-                raise GraftError("split while generating", "no attention_mask", "give one, so that tokens are counted")
-            return at
+            return at + self.runtime.past if self.cached else at
         if mask.shape[0] != y.shape[0] or mask.shape[1] < seq:
             found = f"{list(y.shape)} for an attention_mask {list(mask.shape)}"
             raise GraftError(f"split at {self.key}", found, "split adapters where every token of the input stands")

@@ -25,6 +25,7 @@ class Runtime:
 
     running: the outermost grafted call is open;  state: what deltas hand to each other within a pass (cleared by the root's call);
     context: side information per batch or row, set by `gw.context`;  mask: the padding mask [batch, seq] of the pass, or None.
+    past: how many tokens of each row the key-value cache held when the pass began (transformers' `generate` leaves out a mask of ones).
     keeps_weights: inference passes keep adapted weights that are dear to make, set by `gw.keep_weights`.
     rows: which adapter each row has, while `rows(...)` is active;  stacks: tensors of many adapters as one, kept for the next `rows`;
     by_rows: modules, by path, that are known to have the batch along axis 0, and whether several entries there belong to one row.
@@ -38,6 +39,7 @@ class Runtime:
         self.state: dict[Any, Any] = {}
         self.context: dict[str, Any] = {}
         self.mask: Tensor | None = None
+        self.past = 0
         self.keeps_weights = True
         self.rows: Table | None = None
         self.branches: Branches | None = None
@@ -48,7 +50,15 @@ class Runtime:
 
     def __getstate__(self) -> dict[str, Any]:
         # a copied or pickled model starts outside any pass
-        outside = {"running": False, "state": {}, "mask": None, "stacks": {}, "generating": 0, "watching": None}
+        outside = {
+            "running": False,
+            "state": {},
+            "mask": None,
+            "past": 0,
+            "stacks": {},
+            "generating": 0,
+            "watching": None,
+        }
         kept = {name: getattr(self, name) for name in ("context", "rows", "branches", "keeps_weights", "by_rows")}
         return kept | outside
 
@@ -68,9 +78,10 @@ class Runtime:
             return True
         return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
-    def begin(self, mask: Tensor | None) -> None:
-        """The model itself was called: a fresh pass."""
+    def begin(self, mask: Tensor | None, cache: Any = None) -> None:
+        """The model itself was called: a fresh pass. cache: its `past_key_values`."""
         self.state = {}
+        self.past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
         self.mask = mask if mask is not None else self.context.get("padding")
 
     def end(self) -> None:

@@ -97,7 +97,7 @@ def _mix(e: Fuse | Route | Split, adapters: Mapping[str, Adapter], modules: Mapp
     rest: list[Move] = []
     if isinstance(e, Split):
         who, part = tuple(range(len(members))), None
-        make: Callable[[Site], Mixer] = lambda site: Ranges([n for _, n in e.of])  # noqa: E731
+        make: Callable[[Site], Mixer] = lambda site: Ranges([n for _, n in e.of], site.tower)  # noqa: E731
     else:
         method, part = router(e, adapters)
         who = tuple(range(len(members))) if part is None else number(e, method)

@@ -39,7 +39,7 @@ class Reft(Delta):
         if self.span is None or y.dim() < 3:
             return y + self.added(y, self.edits[0](y))
         h = y.flatten(1, -2)  # [batch, seq, d]
-        if h.shape[1] < self.length():
+        if h.shape[1] < self.length() or (self.runtime.past and not self.visual):
             return y  # a decoding step: the prompt is in the key-value cache
         rows = torch.arange(h.shape[0], device=h.device)[:, None]
         places, real = self.places(h)
