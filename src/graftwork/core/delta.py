@@ -29,7 +29,8 @@ class Delta(nn.Module):
         attend(q, k, v, mask, attention)        replace the attention of the site's attention module
         around(base, *args, **kwargs)           the general form: may change inputs, skip the module, or call it twice
 
-    source: which tensor x is: the "input" of the module that is edited, the sub-layer's "entry", or the input of its "norm".
+    source: which tensor x is: the "input" of the module that is edited, the sub-layer's "entry", or the input of its "norm";
+        "output" where it reads nothing but y.
     itself: it looks at its parameters themselves (their version), so that no other tensors may stand in for them.
     """
 
@@ -114,6 +115,11 @@ class Delta(nn.Module):
     def context(self, name: str, default: Any = None) -> Any:
         """Side information of the batch, set by `gw.context`."""
         return self.runtime.context.get(name, default)
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether x is the input of another module than the one that is edited."""
+        return self.source not in ("input", "output")
 
     def overrides(self, function: str) -> bool:
         """Whether this delta has the function of that name. A combinator answers for the delta inside it."""

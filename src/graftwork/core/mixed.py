@@ -32,7 +32,7 @@ def _members(terms: Sequence[Term]) -> Members:
 
 
 class MixedOutput(OutputSum):
-    """y' = mix(x, y, [f_i(x_i, y)]), x being what the first member reads. The c of a term is the member's number."""
+    """y' = mix(x, y, [f_i(x_i, y)]), x being what the first member reads, y itself included. The c of a term is its number."""
 
     def __init__(self, terms: Sequence[Term], place: Callable[[Site, Delta], object], mixer: Mixer) -> None:
         super().__init__(terms, place)
@@ -46,7 +46,8 @@ class MixedOutput(OutputSum):
             for delta in deltas:
                 z = delta.forward(seen.get(delta, x), z)
             values.append(z)
-        return self.mixer.mix(seen.get(self.terms[0][1][0], x), y, values, self.of)
+        first = self.terms[0][1][0]
+        return self.mixer.mix(y if first.source == "output" else seen.get(first, x), y, values, self.of)
 
 
 class MixedEdit(EditSum):

@@ -43,7 +43,7 @@ class Branch(Delta):
         super().__init__()
         self.position, self.twice = position, position == "sum" and _is_norm(site)
         entry = "entry" if site.entry is not None else "input"
-        self.source = {"after": "input", "parallel": entry}.get(position, "norm")
+        self.source = {"after": "output", "parallel": entry}.get(position, "norm")
 
     def branch(self, h: Tensor) -> Tensor:
         """A(h): [..., d_in] -> [..., d_out]."""
