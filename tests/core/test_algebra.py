@@ -13,6 +13,7 @@ import graftwork as gw
 from graftwork.core.algebra import A, Expr, Mean, Rows, Stack, Sum, linear
 from graftwork.core.errors import GraftError
 from graftwork.core.grammar import parse
+from graftwork.core.mixing import bare
 
 names = st.one_of(
     st.from_regex(r"[\w./-]+", fullmatch=True),
@@ -31,7 +32,15 @@ def larger(inner: st.SearchStrategy[Expr]) -> st.SearchStrategy[Expr]:
         inner.map(lambda e: -e),
         st.lists(inner, min_size=1, max_size=3).map(lambda of: gw.mean(*of)),
         st.tuples(inner, layers).map(lambda pair: gw.drop(*pair)),
+        st.tuples(several(inner), st.one_of(st.none(), names)).map(lambda given: gw.fuse(*given[0], by=given[1])),
+        st.tuples(several(inner), names).map(lambda given: gw.route(*given[0], by=given[1])),
+        st.lists(st.tuples(inner, st.integers(1, 99)), min_size=1, max_size=3).map(lambda pairs: gw.split(*pairs)),
+        st.tuples(inner, inner).map(lambda pair: gw.split((pair[0], 4), (pair[1], -1))),
     )
+
+
+def several(inner: st.SearchStrategy[Expr]) -> st.SearchStrategy[list[Expr]]:
+    return st.lists(inner, min_size=1, max_size=3, unique_by=bare)
 
 
 def sum_of(of: list[Expr]) -> Expr:
@@ -56,6 +65,7 @@ def test_what_is_printed_parses_back(e: Expr) -> None:
 
 @given(st.one_of(st.text(), st.text('ab0.5*-+>()," ='), st.lists(st.sampled_from(TOKENS := [
     "a", "b", "0.5", "*", "+", "-", ">>", "|", "(", ")", ",", "mean", "rows", "drop", "none", "layers", "=", '"0-4"', " ",
+    "fuse", "route", "split", "by", "4",
 ])).map("".join)))  # fmt: skip
 def test_any_text_parses_or_is_refused_by_name(text: str) -> None:
     try:

@@ -199,9 +199,9 @@ class OutputSum(Delta):
         self.terms = [(term.c, term.deltas) for term in terms]
         pieces = {delta: site for term in terms for site, delta in term.pieces}
         self.members = nn.ModuleList(pieces)
-        alike = len({(d.source, place(site, d) if d.elsewhere else None) for d, site in pieces.items()}) == 1
-        self.source = next(iter(pieces)).source if alike else "input"
-        self.readers = [] if alike else [(site, d) for d, site in pieces.items() if d.elsewhere]
+        self.alike = len({(d.source, place(site, d) if d.elsewhere else None) for d, site in pieces.items()}) == 1
+        self.source = next(iter(pieces)).source if self.alike else "input"
+        self.readers = [] if self.alike else [(site, d) for d, site in pieces.items() if d.elsewhere]
         self.itself = any(d.itself for d in pieces)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:

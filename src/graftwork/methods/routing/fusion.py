@@ -27,7 +27,8 @@ from graftwork.core.site import Site
 class Fusion(Method):
     """y' = y + sum_n s_n V u_n,  s = softmax_n((Q h + b_q) . (K u_n + b_k)),  u_n = z_n - y,  for every token; Q, K, V [d, d].
 
-    y is the place's value, z_n what the n-th adapter makes of it, h what the adapters read (y where that has another width).
+    y is the place's value, z_n what the n-th adapter makes of it, h what the adapters read (y where
+    they do not all read the same, or it has another width).
     of: which adapters, the texts of expressions: ["a", "b"], ["de >> ner", "en >> ner"].  joint: they are trained with it;
         otherwise they stay as they are.
     value: V, starting at the identity with 1e-6 beside the diagonal; without it V = I (the static variant).
