@@ -55,6 +55,10 @@ class Method:
         """Trainable parameters shared by all sites, in closed form."""
         return 0
 
+    def rate(self, tensor: str) -> float:
+        """The learning rate of a parameter, by its name in the delta or among the shared ones, as a multiple of the adapter's."""
+        return 1.0
+
     def step(self, part: Part, progress: float) -> None:
         """A moment of the schedule: after the optimiser's step, gradients still there. progress in [0, 1]."""
 

@@ -51,6 +51,13 @@ class GraftTrainer(Trainer):
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As the Trainer does it, with the learning rates that the methods ask for in groups of their own."""
+        made, optimizer = self.optimizer is None, super().create_optimizer(model)
+        if made:
+            split(optimizer, self.adapter)
+        return optimizer
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
@@ -97,6 +104,16 @@ class GraftTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         """Nothing: `Best` keeps the best values in memory, which also holds where they are sharded."""
+
+
+def split(optimizer: torch.optim.Optimizer, adapter: Adapter) -> None:
+    """Give the parameters of an adapter whose learning rate is a multiple of the others' (`Method.rate`) their own groups."""
+    rates = {id(p): group["lr"] for group in adapter.groups(1.0) for p in group["params"]}
+    for group in list(optimizer.param_groups):
+        for rate in sorted({rates.get(id(p), 1.0) for p in group["params"]} - {1.0}):
+            own = [p for p in group["params"] if rates.get(id(p), 1.0) == rate]
+            group["params"] = [p for p in group["params"] if rates.get(id(p), 1.0) != rate]
+            optimizer.add_param_group({**group, "params": own, "lr": group["lr"] * rate})
 
 
 class Moments(TrainerCallback):
