@@ -30,12 +30,14 @@ class Method:
     identity: the grafted model computes exactly what the backbone does before any training.
     mergeable: the delta can be written into the backbone's weights.
     needs: what must be called around training: "step" (a schedule), "calibrate" (data before training).
+    mixes_tasks: it learns something for each of its `tasks`, and the rows of one batch may have different ones.
     """
 
     name: ClassVar[str] = ""
     identity: ClassVar[bool] = True
     mergeable: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ()
+    mixes_tasks: ClassVar[bool] = False
 
     at: str = dataclasses.field(default="", kw_only=True)
     layers: str | None = dataclasses.field(default=None, kw_only=True)

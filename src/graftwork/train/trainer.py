@@ -21,6 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from ..core.adapter import Adapter
 from ..core.moments import auxiliary_loss, step
 from ..store import save
+from .row_tasks import collating, into_context
 from .tasks import Task
 
 ADAPTER = "adapter"  # the adapter's folder within a checkpoint
@@ -38,6 +39,7 @@ class GraftTrainer(Trainer):
         super().__init__(callbacks=[Moments(adapter, given["model"], given["data_collator"]), *callbacks], **given)
         self.remove_callback(PrinterCallback)  # what is said during training is up to the caller's callbacks
         self.adapter, self.task = adapter, task
+        self.data_collator = collating(self.data_collator)
         # `compute_loss` scales for accumulation and processes itself, so the Trainer must not
         self.model_accepts_loss_kwargs = True
 
@@ -76,7 +78,7 @@ class GraftTrainer(Trainer):
         """The model's own loss, in training weighted so that a step is the mean over all its labels, whatever the
         accumulation and the number of processes (many models accept `num_items_in_batch` and ignore it), plus the
         adapter's auxiliary loss."""
-        outputs = model(**inputs)
+        outputs = model(**into_context(self.accelerator.unwrap_model(model), inputs))
         labels = inputs["labels"]
         if self.label_smoother is not None:
             loss = self.label_smoother(outputs, labels, shift_labels=self.task.name == "causal")

@@ -57,6 +57,7 @@ class Poly(Method):
     at: str = where("q, k, v, o | linear")
 
     mergeable = True
+    mixes_tasks = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
