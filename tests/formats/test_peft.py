@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -340,9 +341,12 @@ def test_pruned_triplets_of_adalora(tmp_path: Path) -> None:
     close(outputs(read_by_peer("llama", tmp_path / "ours"), "llama"), outputs(theirs, "llama"))
 
 
-POLY = {
-    "poly": PolyConfig(r=3, n_tasks=3, n_skills=2, target_modules=["q_proj", "v_proj", "up_proj"], **CAUSAL),
-    "mhr": PolyConfig(r=2, n_tasks=3, n_skills=4, n_splits=4, target_modules=r".*\.(q_proj|o_proj)", **CAUSAL),
+POLY: dict[str, tuple[str, Any]] = {  # apart from the others: the peer's forward asks for the tasks of the rows
+    "poly": ("llama", PolyConfig(r=3, n_tasks=3, n_skills=2, target_modules=["q_proj", "v_proj", "up_proj"], **CAUSAL)),
+    "mhr": (
+        "llama",
+        PolyConfig(r=2, n_tasks=3, n_skills=4, n_splits=4, target_modules=r".*\.(q_proj|o_proj)", **CAUSAL),
+    ),
 }
 
 
@@ -359,7 +363,7 @@ def of_tasks(m: torch.nn.Module, theirs: bool = False) -> torch.Tensor:
 @pytest.mark.parametrize("case", POLY)
 def test_the_tasks_of_poly(case: str, tmp_path: Path) -> None:
     """Both ways; its tasks have numbers there, and names here."""
-    theirs = peer("llama", POLY[case])
+    theirs = peer(*POLY[case])
     written(theirs, tmp_path / "theirs")
     wanted = of_tasks(theirs, theirs=True)
     m = loaded("llama", tmp_path / "theirs")
@@ -372,6 +376,20 @@ def test_the_tasks_of_poly(case: str, tmp_path: Path) -> None:
     gw.adapters(m)["a"].metadata.clear()  # a config of our own
     gw.save(m, "a", tmp_path / "ours", format="peft")
     close(of_tasks(read_by_peer("llama", tmp_path / "ours"), theirs=True), wanted)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("n_tasks", 2**50), ("n_tasks", -1), ("n_splits", 5), ("n_skills", 0), ("poly_type", "top"), ("n_tasks", 2)],
+)
+def test_a_config_of_poly_that_says_what_cannot_be(field: str, value: Any, tmp_path: Path) -> None:
+    folder = written(peer(*POLY["poly"]), tmp_path)
+    said = json.loads((folder / "adapter_config.json").read_text()) | {field: value}
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    m = model("llama")
+    with pytest.raises(gw.GraftError):
+        gw.load(m, folder)
+    assert not gw.adapters(m)
 
 
 def test_what_poly_has_there_and_what_not(tmp_path: Path) -> None:

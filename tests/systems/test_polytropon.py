@@ -143,6 +143,7 @@ def test_polytropon__rows_of_several_tasks_are_as_if_each_ran_alone(stochastic):
     numbers = torch.tensor([TASKS.index(t) for t in tasks])
     assert torch.equal(logits(model, numbers, x), mixed)
     assert torch.equal(logits(model, numbers.tolist(), x), mixed)
+    assert torch.equal(logits(model, numbers.to(torch.uint8), x), mixed)
     assert (mixed[0] - logits(model, "mnli", x)[0]).abs().max() > 1e-3
     if stochastic:  # gradients of Z reach the tasks of the batch only
         model.train()
@@ -277,6 +278,28 @@ def test_polytropon__sums_and_drops_keep_the_task_of_each_row():
         logits(model, tasks, x)
 
 
+def test_polytropon__inside_a_mixture_it_keeps_its_tasks_and_its_draws():
+    model = llama()
+    of = gw.Poly(r=2, skills=2, tasks=TASKS, at="q, v")
+    spread(gw.graft(model, gw.Mixture(of=of, experts=2), "x", head=False), 0.5)
+    x, tasks = ids(3), ["rte", "sst2", "mnli"]
+    mixed = logits(model, tasks, x)
+    for i, task in enumerate(tasks):
+        torch.testing.assert_close(mixed[i : i + 1], logits(model, task, x[i : i + 1]), atol=1e-5, rtol=1e-5)
+    model.train()
+    assert not torch.equal(logits(model, "rte", x), logits(model, "rte", x))
+
+
+@pytest.mark.parametrize("task", [["rte", "mnli"], torch.tensor([2, 0])], ids=str)
+def test_polytropon__compiles_with_the_tasks_of_each_row(task):
+    model, _, _ = tiny(llama(), splits=2)
+    wanted = logits(model, task)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad(), gw.context(model, task=task):
+        torch.testing.assert_close(compiled(ids()).logits, wanted, atol=1e-5, rtol=1e-5)
+    torch._dynamo.reset()
+
+
 def test_polytropon__two_speeds():
     _, adapter, _ = tiny(router_lr=100.0)
     groups = {group["lr"]: group["params"] for group in adapter.groups(1e-3)}
@@ -308,6 +331,7 @@ def test_polytropon__bad_input_is_refused():
         (torch.tensor([0, -1]), "the task -1"),
         (torch.tensor([0, 3]), "the task 3"),
         (torch.tensor([0.0, 1.0]), "whole numbers"),
+        (torch.tensor([False, True]), "whole numbers"),
     ):
         with pytest.raises(GraftError, match=found):
             logits(model, task)

@@ -54,7 +54,7 @@ def each_row(tasks: Tensor, rows: int, key: str) -> Tensor:
 
 
 def _checked(tasks: Tensor, known: Sequence[str], key: str) -> Tensor | int:
-    if tasks.is_floating_point() or tasks.dim() > 1:
+    if tasks.is_floating_point() or tasks.is_complex() or tasks.dtype == torch.bool or tasks.dim() > 1:
         found = f"a tensor of {tasks.dtype} and shape {list(tasks.shape)}"
         raise GraftError(f"the task at {key}", found, "give whole numbers [batch]: gw.context(model, task=...)")
     if not tasks.dim():
@@ -63,4 +63,4 @@ def _checked(tasks: Tensor, known: Sequence[str], key: str) -> Tensor | int:
     if tasks.device.type == "cpu" and not torch.compiler.is_compiling() and len(tasks):
         number_of(int(tasks.min()), known, key)
         number_of(int(tasks.max()), known, key)
-    return tasks
+    return tasks.long()  # narrower ones would be read as masks

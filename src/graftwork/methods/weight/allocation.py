@@ -25,8 +25,8 @@ class Router(nn.Module):
 
     def __init__(self, method: Poly, like: Tensor | None) -> None:
         super().__init__()
-        self.fixed = [[float(mark) for mark in row] for row in method.allocation]
-        self.splits, self.tau = method.splits, method.tau
+        self.fixed = [[[float(mark) for mark in row]] * method.splits for row in method.allocation]
+        self.tau = method.tau
         if self.fixed:
             return
 
@@ -49,11 +49,7 @@ class Router(nn.Module):
         draws: None takes sigmoid(Z); otherwise each row has a draw of its own, from torch's generator.
         """
         if self.fixed:
-            z = (
-                torch.tensor(self.fixed, device=device)[tasks]
-                .unsqueeze(-2)
-                .expand(*[-1] * _rows(tasks), self.splits, -1)
-            )
+            z = torch.tensor(self.fixed, device=device)[tasks]
         else:
             logits = at_least_float(self.table)[tasks]
             if draws is not None:
@@ -68,10 +64,6 @@ class Router(nn.Module):
 def at_least_float(t: Tensor) -> Tensor:
     """The tensor in float32, or in its own precision if that is higher."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
-
-
-def _rows(tasks: int | Tensor) -> int:
-    return tasks.dim() if isinstance(tasks, Tensor) else 0
 
 
 def log_prior(logits: Tensor) -> Tensor:

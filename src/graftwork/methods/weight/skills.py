@@ -41,9 +41,8 @@ class Skills(WeightDelta):
         hold("down", method.r, w.d_in // method.splits, kaiming_uniform())
         hold("up", w.d_out // method.splits, method.r, zeros)
         self.router = Router(method, w.like) if common is None else None
-        self._common: tuple[Router, ...] = (
-            () if common is None else (common,)
-        )  # in a tuple: it hangs at the model's root, once
+        # in a tuple: it hangs at the model's root, once
+        self._common: tuple[Router, ...] = () if common is None else (common,)
         self.names_of_tasks, self.stochastic = method.tasks, method.stochastic
         self.scale, self.prior = 1 / method.r, prior
 
@@ -79,17 +78,15 @@ class Skills(WeightDelta):
 
     def weight(self, w: Tensor) -> Tensor:
         # whoever reads the weight around the module sees one draw for the whole batch
-        down, up = (
-            (t.squeeze(0) for t in self.mixed(self.one_task(), 1)) if self.drawing else self.mixed(self.one_task())
-        )
-        return w + self.scale * (up @ down)
+        down, up = self.mixed(self.one_task(), 1 if self.drawing else None)
+        return w + self.scale * (up @ down).view(w.shape)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         down, up = self.mixed(self.one_task())
         return down, self.scale * up
 
     def overrides(self, function: str) -> bool:
-        # there are factors for one task only, on which no sum of adapters and no mixed batch may count
+        # one task has factors, but not every batch has one task
         return function != "factors" and super().overrides(function)
 
     def linear(self, x: Tensor, base: Callable[[Tensor], Tensor], host: Host) -> Tensor:
