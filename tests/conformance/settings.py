@@ -27,6 +27,7 @@ NOT_ROWS = "conv2d conv2d_reflect packed_qkv multihead multihead_whole experts"
 NOT_ATTENTION = LAYERS.replace("multihead ", "")
 MODELS = "encoder bert llama t5 gpt2 vit"
 PRE_NORM = "llama t5 gpt2 vit"
+NOT_PRODUCTS = "conv2d conv2d_reflect embedding multihead multihead_whole experts encoder"  # read, or no y = x W^T
 EXPERTS = ("gate_up_proj", "down_proj")  # those that no token of the small batch chose
 
 
@@ -98,6 +99,14 @@ SETTINGS: dict[str, list[Setting]] = {
         Setting({"r": 3, "exact": True}, "exact", exact=False, from_weight=True, hosts="linear_wide conv2d bert"),
     ],
     "vera": [Setting({"r": 8}, refuses="")],
+    "poly": [
+        # without draws: what a training pass computes is compared with another one
+        Setting({"r": 2, "skills": 3, "splits": 2, "stochastic": False}, identity=True, refuses=NOT_PRODUCTS),
+        Setting(
+            {"r": 2, "skills": 2, "shared": True, "stochastic": False, "prior": 0.1}, "shared", True, hosts="bert t5"
+        ),
+        Setting({"r": 2, "skills": 2, "allocation": ("11",)}, "fixed", True, hosts="bert llama"),
+    ],
     "adalora": [Setting({"init_r": 4, "target_r": 2, "every": 1}, refuses="", lr=0.5)],
     "ia3": [
         Setting(identity=True, refuses=""),

@@ -21,7 +21,7 @@ from graftwork.cli import main
 from graftwork.formats.check import adapterhub, check
 
 from .peers import loaded, model, outputs, peer, perturb, read_by_peer, written
-from .test_peft import CASES, tensors_of
+from .test_peft import CASES, POLY, tensors_of
 
 LAYER = "base_model.model.model.layers"
 Q = f"{LAYER}.0.self_attn.q_proj"
@@ -76,9 +76,9 @@ def test_our_own_folder(tmp_path: Path) -> None:
     assert other.loads is False and any("another structure" in p for p in other.said.problems)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *POLY])
 def test_nothing_is_said_against_what_the_peer_writes(case: str, tmp_path: Path) -> None:
-    name, config = CASES[case]
+    name, config = (CASES | POLY)[case]
     folder = written(peer(name, config), tmp_path)
     for report in (check(folder), check(folder, model(name))):
         assert not report.said.problems and report.loads is not False

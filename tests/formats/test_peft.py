@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from peft import (
     IA3Config,
     LNTuningConfig,
     LoraConfig,
+    PolyConfig,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
@@ -337,6 +339,78 @@ def test_pruned_triplets_of_adalora(tmp_path: Path) -> None:
     gw.adapters(m)["a"].metadata.clear()
     gw.save(m, "a", tmp_path / "ours", format="peft")
     close(outputs(read_by_peer("llama", tmp_path / "ours"), "llama"), outputs(theirs, "llama"))
+
+
+POLY: dict[str, tuple[str, Any]] = {  # apart from the others: the peer's forward asks for the tasks of the rows
+    "poly": ("llama", PolyConfig(r=3, n_tasks=3, n_skills=2, target_modules=["q_proj", "v_proj", "up_proj"], **CAUSAL)),
+    "mhr": (
+        "llama",
+        PolyConfig(r=2, n_tasks=3, n_skills=4, n_splits=4, target_modules=r".*\.(q_proj|o_proj)", **CAUSAL),
+    ),
+}
+
+
+def of_tasks(m: torch.nn.Module, theirs: bool = False) -> torch.Tensor:
+    """Logits of a batch whose rows have different tasks."""
+    tasks = torch.tensor([2, 0, 1])
+    with torch.no_grad():
+        if theirs:
+            return m(**inputs("llama"), task_ids=tasks).logits
+        with gw.context(m, task=tasks):
+            return outputs(m, "llama")
+
+
+@pytest.mark.parametrize("case", POLY)
+def test_the_tasks_of_poly(case: str, tmp_path: Path) -> None:
+    """Both ways; its tasks have numbers there, and names here."""
+    theirs = peer(*POLY[case])
+    written(theirs, tmp_path / "theirs")
+    wanted = of_tasks(theirs, theirs=True)
+    m = loaded("llama", tmp_path / "theirs")
+    close(of_tasks(m), wanted)
+    assert (wanted - outputs(model("llama"), "llama")).abs().max() > 1e-3
+    gw.save(m, "a", tmp_path / "back", format="peft")
+    assert config_of(tmp_path / "back") == config_of(tmp_path / "theirs")
+    ours, before = tensors_of(tmp_path / "back"), tensors_of(tmp_path / "theirs")
+    assert ours.keys() == before.keys() and all(torch.equal(ours[key], before[key]) for key in ours)
+    gw.adapters(m)["a"].metadata.clear()  # a config of our own
+    gw.save(m, "a", tmp_path / "ours", format="peft")
+    close(of_tasks(read_by_peer("llama", tmp_path / "ours"), theirs=True), wanted)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("n_tasks", 2**50), ("n_tasks", -1), ("n_splits", 5), ("n_skills", 0), ("poly_type", "top"), ("n_tasks", 2)],
+)
+def test_a_config_of_poly_that_says_what_cannot_be(field: str, value: Any, tmp_path: Path) -> None:
+    folder = written(peer(*POLY["poly"]), tmp_path)
+    said = json.loads((folder / "adapter_config.json").read_text()) | {field: value}
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    m = model("llama")
+    with pytest.raises(gw.GraftError):
+        gw.load(m, folder)
+    assert not gw.adapters(m)
+
+
+def test_what_poly_has_there_and_what_not(tmp_path: Path) -> None:
+    m = model("llama")
+    named = gw.Poly(r=2, skills=3, tasks=("mnli", "rte", "sst2"), tau=0.5, prior=0.1, router_lr=10.0)
+    perturb(gw.graft(m, named, "named", head=False).parameters())
+    gw.save(m, "named", tmp_path / "named", format="peft")
+    close(of_tasks(read_by_peer("llama", tmp_path / "named"), theirs=True), of_tasks(m))
+    for name, method in (
+        ("shared", gw.Poly(shared=True)),
+        ("given", gw.Poly(skills=2, allocation=("10",))),
+        ("frozen", gw.Poly(tasks=("a", "b"), frozen=1)),
+    ):
+        gw.graft(m, method, name, head=False)
+        with pytest.raises(gw.GraftError, match="own format"):
+            gw.save(m, name, tmp_path / name, format="peft")
+        assert not (tmp_path / name).exists()
+    other = model("gpt2")
+    gw.graft(other, gw.Poly(at="o"), "conv1d", head=False)
+    with pytest.raises(gw.GraftError, match="linear layers"):
+        gw.save(other, "conv1d", tmp_path / "conv1d", format="peft")
 
 
 NATIVE = {

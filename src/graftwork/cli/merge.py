@@ -18,6 +18,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backbone", metavar="NAME|FOLDER", help="the backbone, where it is not what the adapter's file says"
     )
+    parser.add_argument("--of-task", metavar="NAME", help="the task, where the adapter learnt something for each")
     add_expression(parser)
 
 
@@ -34,6 +35,6 @@ def run(parsed: argparse.Namespace) -> int:
 
     quiet()
     trained = open_trained(parsed.adapter, parsed.backbone, parsed.more, parsed.expression)
-    place_folder(out, trained.write_merged)
+    place_folder(out, lambda folder: trained.write_merged(folder, parsed.of_task))
     console.print(f"{type(trained.model).__name__} written to {out}", markup=False)
     return 0

@@ -22,6 +22,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", help="the folder that graftwork train wrote, or hub:NAME/REPO")
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="texts (or image files)")
     parser.add_argument("--pair", action="append", metavar="TEXT", help="second text of a pair, once for each text")
+    parser.add_argument(
+        "--of-task", metavar="NAME", help="the texts' task, where the adapter learnt something for each"
+    )
     parser.add_argument("--file", metavar="PATH", help="texts from a file")
     parser.add_argument("--out", metavar="PATH", help="write lines of JSON to this file")
     parser.add_argument(
@@ -60,7 +63,7 @@ def run(parsed: argparse.Namespace) -> int:
         texts: list[Any] = parsed.texts
         if trained.task.columns.kind == "messages":
             texts = [[{"role": "user", "content": text}] for text in texts]
-        rows = rows_of(trained.task, texts, parsed.pair)
+        rows = rows_of(trained.task, texts, parsed.pair, parsed.of_task)
     found = trained.predict(rows, parsed.batch, parsed.max_new_tokens)
     joined = [{"input": row[trained.task.columns.text], **answer} for row, answer in zip(rows, found, strict=True)]
     if out is not None:
@@ -80,7 +83,7 @@ def _from_file(path: str, task: Any) -> list[dict[str, Any]]:
     from ..train.data import read
 
     rows = next(iter(read(path).values()))
-    wanted = [name for name in (task.columns.text, task.columns.pair) if name]
+    wanted = [name for name in (task.columns.text, task.columns.pair, task.columns.task) if name]
     names = list(rows.column_names)
     if names == ["text"] and len(wanted) == 1 and wanted != names:
         rows, names = rows.rename_column("text", wanted[0]), wanted

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftwork.core.delta import Delta, WeightDelta
-from graftwork.core.errors import GraftError, nearest
 from graftwork.core.initial import normal, ones, parameter, zeros
+from graftwork.core.tasks import number_of
 
 from .substituted import Substituted
 
@@ -106,13 +106,7 @@ class Written(Substituted):
 
     def task(self, name: str | None) -> int:
         """The number of a task. GraftError for an unknown one."""
-        if name is None and len(self._names) == 1:
-            return 0
-        if name not in self._names:
-            asked, known = f"the task {name!r} at {self.key}", ", ".join(self._names)  # type: ignore[attr-defined]
-            close = nearest(name, self._names) if isinstance(name, str) else ""
-            raise GraftError(asked, f"it has {known}{close}", "give one: gw.context(model, task=...)")
-        return self._names.index(name)
+        return number_of(name, self._names, self.key)  # type: ignore[attr-defined]
 
     def tensors(self) -> dict[str, Tensor]:
         return self.generate(self.context("task"))  # type: ignore[attr-defined]

@@ -55,7 +55,7 @@ class MixedWeight(WeightDelta):
         if self.vectors:
             below = base if y is None else _once(x, y, base)
             return functional(first, merged(self.inner(), self.router, p), "linear", x, below, host)
-        factors = [e.factors() for e in self.inner()]
+        factors = [e.factors() if e.overrides("factors") else None for e in self.inner()]
         if factors[0] is not None and self.router.heads == 1:
             return self.thin(x, base(x) if y is None else y, p, [f for f in factors if f is not None])
         y = base(x) if y is None else y

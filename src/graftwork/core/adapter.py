@@ -92,6 +92,18 @@ class Adapter:
             yield part.shared_modules
             yield from part.deltas.values()
 
+    def groups(self, lr: float) -> list[dict[str, Any]]:
+        """Its parameters as groups of an optimiser, one for each learning rate: lr times what the method says (`Method.rate`)."""
+        groups: dict[float, list[nn.Parameter]] = {}
+        seen: set[int] = set()
+        for part in self.parts:
+            for home in (part.shared_modules, *part.deltas.values()):
+                for name, value in home.named_parameters():
+                    if id(value) not in seen:
+                        seen.add(id(value))
+                        groups.setdefault(part.method.rate(name), []).append(value)
+        return [{"params": parameters, "lr": lr * rate} for rate, parameters in groups.items()]
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Its parameters by the names of `state_dict`, each once."""
         seen: set[int] = set()

@@ -164,7 +164,8 @@ class WeightDelta(Delta):
         raise NotImplementedError
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """(down [*batch, r, in], up [*batch, out, r]) of a delta with W' = W + up down. One that overrides it always has them.
+        """(down [*batch, r, in], up [*batch, out, r]) of a delta with W' = W + up down. One that `overrides` it always has them;
+        one that does not may still have them for what the context says now.
 
         Dropout of the input of `down` is the delta's attribute `dropout`.
         """

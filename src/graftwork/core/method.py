@@ -33,6 +33,7 @@ class Method:
     mixes: it mixes other adapters where these act: its deltas are `Mixer`s, and its options say `of` which (the texts of expressions)
         and whether they are trained with it (`joint`).
     trains: its deltas have parameters.
+    mixes_tasks: it learns something for each of its `tasks`, and the rows of one batch may have different ones.
     """
 
     name: ClassVar[str] = ""
@@ -41,6 +42,7 @@ class Method:
     needs: ClassVar[tuple[str, ...]] = ()
     mixes: ClassVar[bool] = False
     trains: ClassVar[bool] = True
+    mixes_tasks: ClassVar[bool] = False
 
     at: str = dataclasses.field(default="", kw_only=True)
     layers: str | None = dataclasses.field(default=None, kw_only=True)
@@ -59,6 +61,10 @@ class Method:
     def count_shared(self, sites: Sequence[Site]) -> int:
         """Trainable parameters shared by all sites, in closed form."""
         return 0
+
+    def rate(self, tensor: str) -> float:
+        """The learning rate of a parameter, by its name in the delta or among the shared ones, as a multiple of the adapter's."""
+        return 1.0
 
     def step(self, part: Part, progress: float) -> None:
         """A moment of the schedule: after the optimiser's step, gradients still there. progress in [0, 1]."""

@@ -79,17 +79,18 @@ class Columns:
     """The columns that were found, and what kind of rows they make.
 
     kind: "messages", "tokens", "image", "texts" (with a label), "source" (a text and a target text), or "plain"
-    (text only).
+    (text only).  task: that with the task of each row, for methods that learn something for each task.
     """
 
     kind: str
     text: str
     pair: str | None = None
     label: str | None = None
+    task: str | None = None
 
     def describe(self) -> str:
         """For people: text='sentence', label='label'."""
-        named = {"text": self.text, "pair": self.pair, "label": self.label}
+        named = {"text": self.text, "pair": self.pair, "label": self.label, "task": self.task}
         return ", ".join(f"{k}={v!r}" for k, v in named.items() if v)
 
 

@@ -32,6 +32,7 @@ from .arguments import arguments, processes, shard_by_block
 from .columns import ordered
 from .data import read
 from .output import check_folder, memory_peak, storage_error
+from .row_tasks import into_context, marked, with_tasks
 from .settings import DataSettings, TrainSettings
 from .tasks import Task, plan
 from .trainer import ADAPTER, Best, GraftTrainer, Interrupt, gathered
@@ -81,14 +82,15 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = (), sa
         f"task {task.name}: {task.columns.describe()}"
         + (f"; labels {', '.join(task.labels[:12])}" if task.labels else "")
     )
+    asked = with_tasks(asked, rows, task)
     if held_out is None and settings.data.holdout:
         rows, held_out = split(rows, task, settings)
     say(f"{len(rows):,} rows to learn from, {len(held_out) if held_out is not None else 0:,} to evaluate on")
 
     set_seed(settings.fit.seed)
     loaded = backbone.load(settings.backbone, task)
-    encoded = task.encode(rows, loaded.processor, training=True)
-    encoded_held_out = task.encode(held_out, loaded.processor) if held_out is not None else None
+    encoded = marked(task.encode(rows, loaded.processor, training=True), rows, task, asked)
+    encoded_held_out = marked(task.encode(held_out, loaded.processor), held_out, task, asked) if held_out else None
     folder = out / checkpoints.FOLDER
     last = _interrupted(folder, settings, process)
     name = settings.name or out.resolve().name
@@ -226,7 +228,7 @@ def _calibrate(model: torch.nn.Module, trainer: GraftTrainer, encoded: Dataset, 
         batches.append({k: v.to(trainer.args.device) for k, v in trainer.data_collator(rows).items()})
     with torch.random.fork_rng():
         torch.manual_seed(settings.fit.seed)
-        calibrate(model.train(), batches)
+        calibrate(model.train(), batches, lambda m, batch: m(**into_context(m, batch)).loss)
 
 
 def _recall_best(best: Best, model: torch.nn.Module, last: Path) -> None:

@@ -76,6 +76,11 @@ class DataSettings:
     label: str | None = option(
         "the column with the label, the number, the tags or the target text", default=None, metavar="COLUMN"
     )
+    task_column: str | None = option(
+        "the column with each row's task, for methods that learn something for each task (poly)",
+        default=None,
+        metavar="COLUMN",
+    )
     max_length: int | None = option(
         "tokens a text is cut at; by default what the backbone allows, at most 512",
         default=None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from ..core.errors import GraftError
 from ..core.graft import activate
 from ..core.grammar import parse
 from ..core.merge import forget, merge
+from ..core.moments import context
 from ..formats import load
 from ..store.hub import locate
 from . import backbone, tasks
 from .described import metadata_of
+from .row_tasks import marked, names_in
 from .tasks import Task, Tokens
 from .trainer import GraftTrainer
 
@@ -49,6 +52,10 @@ class Trained:
         return out
 
     def _predict(self, rows: list[dict[str, Any]], max_new_tokens: int) -> list[dict[str, Any]]:
+        with self._tasks(rows):
+            return self._answers(rows, max_new_tokens)
+
+    def _answers(self, rows: list[dict[str, Any]], max_new_tokens: int) -> list[dict[str, Any]]:
         if self.task.name in ("causal", "seq2seq"):
             return [{"text": text} for text in self._generated(rows, max_new_tokens)]
         if self.task.name == "masked":
@@ -63,6 +70,13 @@ class Trained:
         batch = self.task.collator(self.processor, self.model)(list(encoded))
         return self.task.decode(self._logits(batch), {})
 
+    def _tasks(self, rows: list[dict[str, Any]]) -> AbstractContextManager[None]:
+        """Inside this block, the context says what task each row is of, if the adapter learnt something for each."""
+        column = self.task.columns.task
+        if column is None:
+            return nullcontext()
+        return context(self.model, task=names_in(Dataset.from_list(rows), column))
+
     def _logits(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         logits: torch.Tensor = self.model(**self._moved(batch)).logits
         return logits.float().cpu()
@@ -73,9 +87,9 @@ class Trained:
 
     def _generated(self, rows: list[dict[str, Any]], max_new_tokens: int) -> list[str]:
         """What the model writes, greedily, after each row's text or conversation."""
-        texts = [row[self.task.columns.text] for row in rows]
         out = []
-        for text in texts:  # one by one: the padding of a batch would change positions in some models
+        for row in rows:  # one by one: the padding of a batch would change positions in some models
+            text = row[self.task.columns.text]
             if isinstance(text, list):
                 inputs = self.processor.apply_chat_template(
                     text, add_generation_prompt=True, return_dict=True, return_tensors="pt"
@@ -87,13 +101,14 @@ class Trained:
             if not seq2seq and end is not None and inputs["input_ids"][0, -1] == end:
                 inputs = {k: v[:, :-1] for k, v in inputs.items()}
             pad = self.processor.pad_token_id if self.processor.pad_token_id is not None else end
-            ids = self.model.generate(  # type: ignore[operator]
-                **self._moved(inputs),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=end,
-                pad_token_id=pad,
-            )
+            with self._tasks([row]):
+                ids = self.model.generate(  # type: ignore[operator]
+                    **self._moved(inputs),
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    eos_token_id=end,
+                    pad_token_id=pad,
+                )
             fresh = ids[0] if seq2seq else ids[0, inputs["input_ids"].shape[1] :]
             out.append(self.processor.decode(fresh, skip_special_tokens=True))
         return out
@@ -101,14 +116,14 @@ class Trained:
     def _filled(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The five likeliest words for each mask."""
         mask = self.processor.mask_token
-        texts = [str(row[self.task.columns.text]) for row in rows]
-        for text in texts:
+        written = [str(row[self.task.columns.text]) for row in rows]
+        for text in written:
             if mask not in text:
                 raise GraftError(f"fill {text[:60]!r}", "no mask in it", f"write {mask} where a word is to be found")
-        batch = dict(self.processor(texts, truncation=True, padding=True, return_tensors="pt"))
+        batch = dict(self.processor(written, truncation=True, padding=True, return_tensors="pt"))
         likely = self._logits(batch).softmax(-1)
         out = []
-        for i in range(len(texts)):
+        for i in range(len(written)):
             places = (batch["input_ids"][i] == self.processor.mask_token_id).nonzero().flatten().tolist()
             best = [likely[i, p].topk(min(5, likely.shape[-1])) for p in places]
             words = [[self.processor.decode([t]).strip() for t in b.indices.tolist()] for b in best]
@@ -119,7 +134,7 @@ class Trained:
         """The task's scores on labelled rows, computed as they are in training."""
         from .run import _scores
 
-        encoded = self.task.encode(rows, self.processor)
+        encoded = marked(self.task.encode(rows, self.processor), rows, self.task, self.adapter.methods)
         with tempfile.TemporaryDirectory() as folder:
             trainer = GraftTrainer(
                 adapter=self.adapter,
@@ -148,9 +163,11 @@ class Trained:
         columns = replace(named, text=text or named.text, pair=pair or named.pair, label=label or named.label)
         return replace(self, task=replace(self.task, columns=columns))
 
-    def write_merged(self, folder: Path) -> None:
+    def write_merged(self, folder: Path, of: str | None = None) -> None:
         """Merge the adapter into the weights and write a plain transformers folder. The adapters are gone from the
-        model afterwards."""
+        model afterwards. of: the task, of an adapter that learnt something for each of several."""
+        if of is not None:
+            context(self.model, task=of)
         merge(self.model)
         forget(self.model)
         for key, value in self.task.config().items():
@@ -206,12 +223,17 @@ def _check(names: Sequence[str], expression: str | None) -> None:
         raise GraftError(f"the adapter {expression!r}", "one for each row or output", do)
 
 
-def rows_of(task: Task, texts: Sequence[Any], pairs: Sequence[Any] | None = None) -> list[dict[str, Any]]:
-    """Texts as rows with the task's column names."""
+def rows_of(
+    task: Task, texts: Sequence[Any], pairs: Sequence[Any] | None = None, of: str | None = None
+) -> list[dict[str, Any]]:
+    """Texts as rows with the task's column names. of: which of its tasks they are of, where the adapter has several."""
     columns = task.columns
     if columns.pair and pairs is None:
         raise GraftError("a prediction for a pair", "one text only", "give the second with --pair")
-    rows = [{columns.text: text} for text in texts]
+    if (columns.task is None) != (of is None):
+        found = "none for each task" if columns.task is None else "several tasks, and none is named"
+        raise GraftError("a prediction of a task", f"an adapter with {found}", "give --of-task where it has tasks")
+    rows = [{columns.text: text} | ({columns.task: of} if columns.task else {}) for text in texts]
     if columns.pair and pairs is not None:
         for row, pair in zip(rows, pairs, strict=True):
             row[columns.pair] = pair

@@ -21,6 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from ..core.adapter import Adapter
 from ..core.moments import auxiliary_loss, step
 from ..store import save
+from .row_tasks import collating, into_context
 from .tasks import Task
 
 ADAPTER = "adapter"  # the adapter's folder within a checkpoint
@@ -38,6 +39,7 @@ class GraftTrainer(Trainer):
         super().__init__(callbacks=[Moments(adapter, given["model"], given["data_collator"]), *callbacks], **given)
         self.remove_callback(PrinterCallback)  # what is said during training is up to the caller's callbacks
         self.adapter, self.task = adapter, task
+        self.data_collator = collating(self.data_collator)
         # `compute_loss` scales for accumulation and processes itself, so the Trainer must not
         self.model_accepts_loss_kwargs = True
 
@@ -50,6 +52,13 @@ class GraftTrainer(Trainer):
             state.distributed_type = DistributedType.FSDP
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As the Trainer does it, with the learning rates that the methods ask for in groups of their own."""
+        made, optimizer = self.optimizer is None, super().create_optimizer(model)
+        if made:
+            split(optimizer, self.adapter)
+        return optimizer
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -69,7 +78,7 @@ class GraftTrainer(Trainer):
         """The model's own loss, in training weighted so that a step is the mean over all its labels, whatever the
         accumulation and the number of processes (many models accept `num_items_in_batch` and ignore it), plus the
         adapter's auxiliary loss."""
-        outputs = model(**inputs)
+        outputs = model(**into_context(self.accelerator.unwrap_model(model), inputs))
         labels = inputs["labels"]
         if self.label_smoother is not None:
             loss = self.label_smoother(outputs, labels, shift_labels=self.task.name == "causal")
@@ -97,6 +106,16 @@ class GraftTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         """Nothing: `Best` keeps the best values in memory, which also holds where they are sharded."""
+
+
+def split(optimizer: torch.optim.Optimizer, adapter: Adapter) -> None:
+    """Give the parameters of an adapter whose learning rate is a multiple of the others' (`Method.rate`) their own groups."""
+    rates = {id(p): group["lr"] for group in adapter.groups(1.0) for p in group["params"]}
+    for group in list(optimizer.param_groups):
+        for rate in sorted({rates.get(id(p), 1.0) for p in group["params"]} - {1.0}):
+            own = [p for p in group["params"] if rates.get(id(p), 1.0) == rate]
+            group["params"] = [p for p in group["params"] if rates.get(id(p), 1.0) != rate]
+            optimizer.add_param_group({**group, "params": own, "lr": group["lr"] * rate})
 
 
 class Moments(TrainerCallback):

@@ -21,6 +21,7 @@ from ...methods.input.prompt import Prompt
 from ...methods.weight.bitfit import BitFit
 from ...methods.weight.dora import DoRA
 from ...methods.weight.full import Full
+from ...methods.weight.poly import Poly
 from ...store.read import Stored
 from ..config import Config
 from ..files import read_json, read_tensors, write_files
@@ -34,6 +35,7 @@ from .ia3 import Ia3
 from .lora import Lora
 from .modules import Beft, LnTuning
 from .mutated import plain
+from .poly import PolySkills
 from .prompts import AdaptionPrompt, PrefixTuning, SoftPrompts
 from .tokens import Tokens
 from .vera import Vera
@@ -45,6 +47,7 @@ _ALL: tuple[Family, ...] = (
     AdaLora(),
     Ia3(),
     Vera(),
+    PolySkills(),
     SoftPrompts("PROMPT_TUNING"),
     SoftPrompts("P_TUNING"),
     PrefixTuning(),
@@ -54,8 +57,20 @@ _ALL: tuple[Family, ...] = (
     LnTuning(),
 )
 FAMILIES = {family.peft_type: family for family in _ALL}
-# hyper-parameters that say how an adapter started, or which sites it took: what is stored computes the same without them
-FREE = ("init", "init_std", "vocab", "d_initial", "top", "mid", "add_missing")
+# hyper-parameters that say how an adapter started or is trained, or which sites it took: what is stored computes the same without
+FREE = (
+    "init",
+    "init_std",
+    "vocab",
+    "d_initial",
+    "top",
+    "mid",
+    "add_missing",
+    "stochastic",
+    "tau",
+    "prior",
+    "router_lr",
+)
 
 
 class Peft:
@@ -166,6 +181,9 @@ def _said(given: Iterable[tuple[Method, Iterable[Spot]]]) -> dict[tuple[str, str
     for method, spots in given:
         bare = {f.name: f.default for f in dataclasses.fields(method) if f.name in FREE}
         bare |= {"tokens": ()} if isinstance(method, Prompt) else {"outputs": None} if isinstance(method, Full) else {}
+        bare |= (
+            {"tasks": tuple(map(str, range(len(method.tasks))))} if isinstance(method, Poly) else {}
+        )  # there: numbers
         bare |= {"alpha": method.scale * method.r} if isinstance(method, DoRA) else {}  # it may be left to its default
         for spot in spots:
             if spot is not None:

@@ -12,7 +12,7 @@ from ...core.errors import GraftError, nearest
 from .. import columns
 from ..columns import Columns, as_number, label_texts
 from ..settings import TrainSettings
-from .base import Task
+from .base import Task, need
 from .causal import Causal
 from .classification import Classification, classes
 from .image import ImageClassification
@@ -31,12 +31,16 @@ __all__ = ["TASKS", "Task", "from_json", "plan"]
 
 def plan(settings: TrainSettings, rows: Dataset, config: Any) -> Task:
     """The task for these training rows and this backbone's config. GraftError where the rows do not suit it."""
+    own = settings.data.task_column
+    if own is not None:
+        need(rows, own)
+        rows = rows.remove_columns([own])  # it is neither text nor label
     found = columns.find(rows, settings.data, settings.task)
     name = settings.task if settings.task != "auto" else _guess(found, rows, config)
-    common: dict[str, Any] = {"columns": found, "max_length": settings.data.max_length or 0, "seed": settings.fit.seed}
     if name in ("classification", "regression") and found.kind != "texts":
         found = columns.find(rows, settings.data, name)
-        common["columns"] = found
+    found = dataclasses.replace(found, task=own)
+    common: dict[str, Any] = {"columns": found, "max_length": settings.data.max_length or 0, "seed": settings.fit.seed}
     if name == "classification":
         return Classification(labels=classes(rows, str(found.label)), **common)
     if name == "image":
