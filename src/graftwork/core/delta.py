@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from .errors import GraftError
 from .initial import adopt
+from .lowrank import low_rank, whole_update
 from .passes import Runtime
 from .weight import Weight
 
@@ -136,15 +138,27 @@ Diagonal = tuple[Tensor | None, Tensor | None, Tensor | None]
 class WeightDelta(Delta):
     """A delta that re-parameterises the site's weight: merge, unmerge, every host and export come for free.
 
-    weight(W [*batch, out, in]) -> W', and, where it changes the bias, bias(b) -> b' (b is None where the host has none).
-    linear(x, base, host) -> y is the fast path on a host that computes y = x W^T + b: it calls base(x) once and must agree with `weight`.
-    additive: W' - W does not depend on W, so that fast paths of several deltas can be chained.
+    Override one of
+        factors() -> (A, B)     W' = W + B A
+        update() -> dW          W' = W + dW
+        weight(W) -> W'         any other W' [*batch, out, in]
+    and, where it changes the bias, bias(b) -> b' (b is None where the host has none).
+    linear(x, base, host) -> y is the fast path on a host that computes y = x W^T + b: it calls base(x) once and must agree with `weight`;
+    the first two come with one.
+    additive: W' - W does not depend on W, so that fast paths of several deltas can be chained; of the first two it is known.
     lasting: W' depends on W and on the tensors of `sources` alone, so that it may be kept from one pass to the next.
+    dropout: on the input of A, in training only.
     """
 
     additive: bool = False
     lasting: bool = False
+    dropout: float = 0.0
     view: Weight  # that of the site, given by `place`, unless it has chosen another
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.__dict__.keys() & {"factors", "update"} and "additive" not in cls.__dict__:
+            cls.additive = True
 
     def place(self, key: str, view: Weight) -> None:
         if "view" not in self.__dict__:
@@ -153,7 +167,8 @@ class WeightDelta(Delta):
 
     def weight(self, w: Tensor) -> Tensor:
         """The adapted dense weight [*batch, out, in]."""
-        raise NotImplementedError
+        pair = self.factors()
+        return w + (self.update() if pair is None else pair[1] @ pair[0])
 
     def bias(self, b: Tensor | None) -> Tensor | None:
         """The adapted bias [out]."""
@@ -161,22 +176,30 @@ class WeightDelta(Delta):
 
     def linear(self, x: Tensor, base: Callable[[Tensor], Tensor], host: Host) -> Tensor:
         """y [..., out] from x [..., in], in the place of base(x), which is fresh and may be written into."""
-        raise NotImplementedError
+        pair = self.factors()
+        if pair is None:
+            return whole_update(x, base, host, self.update())
+        return low_rank(x, base, host, *pair, 1.0, self.dropout if self.training else 0.0)
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """(down [*batch, r, in], up [*batch, out, r]) of a delta with W' = W + up down. One that `overrides` it always has them;
-        one that does not may still have them for what the context says now.
-
-        Dropout of the input of `down` is the delta's attribute `dropout`.
+        """(down [*batch, r, in], up [*batch, out, r]) of a delta with W' = W + up down. One that `overrides` it always has them
+        and changes nothing else; one that does not may still have them for what the context says now.
         """
         return None
+
+    def update(self) -> Tensor:
+        """dW [*batch, out, in]."""
+        raise NotImplementedError
 
     def work(self) -> int:
         """Multiply-adds of `linear` beyond the host's product, for one position; what it does once a call included.
 
         Where that is dear, inference keeps W' instead. Thin updates say 0: many adapters of them fit beside one backbone.
         """
-        return 0
+        return math.prod(self.view.shape) if self._has("update") else 0
+
+    def _has(self, function: str) -> bool:
+        return getattr(type(self), function) is not getattr(WeightDelta, function)
 
     def sources(self) -> Iterator[nn.Module]:
         """The modules whose tensors make W': itself, and what it shares with other sites."""
@@ -208,9 +231,11 @@ class WeightDelta(Delta):
         return self.view.restore_bias(stored, self.bias(self.view.bias_of(stored)))
 
     def overrides(self, function: str) -> bool:
-        if function in ("weight", "bias", "linear", "factors", "diagonal"):
-            return getattr(type(self), function) is not getattr(WeightDelta, function)
-        return super().overrides(function)
+        if function in ("weight", "linear"):
+            return self._has(function) or self._has("factors") or self._has("update")
+        if function == "factors":
+            return self._has("factors") and not self.overrides("bias")
+        return self._has(function) if function in ("bias", "diagonal", "update") else super().overrides(function)
 
 
 def functional(delta: Delta, parameters: dict[str, Tensor], function: str, *args: Any, **kwargs: Any) -> Any:

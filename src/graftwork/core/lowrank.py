@@ -47,6 +47,13 @@ def low_rank(
     return _product(x, weight, bias, down, up, scale, dropout, host)
 
 
+def whole_update(x: Tensor, base: Callable[[Tensor], Tensor], host: Host, update: Tensor) -> Tensor:
+    """base(x) + x dW^T for an update dW [out, in] that is not thin: one product with W + dW where the host's own is known."""
+    if _traced() or not host.frozen_product:
+        return torch.add(base(x), F.linear(x, update.to(x.dtype)))
+    return F.linear(x, (host.weight + update).to(host.weight.dtype), host.bias)
+
+
 def _product(
     x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, dropout: float, host: Host
 ) -> Tensor:

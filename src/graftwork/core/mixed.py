@@ -22,7 +22,7 @@ from .likeness import swapped
 from .mixer import Members, Mixer
 from .plan import Host, channels_first, disjoint, on_rows, reading
 from .site import Site
-from .sums import AttendSum, EditSum, OutputSum, Term, amended, dropout
+from .sums import AttendSum, EditSum, OutputSum, Term, amended
 
 Call = Callable[..., Tensor]
 
@@ -96,7 +96,7 @@ class MixedWeight(Delta):
         spans = {d.rows if d.overrides("product") else d.view.rows for d in distinct}
         self.rows: tuple[int, int] | None = next(iter(spans)) if len(spans) == 1 else None
         self.channels_first = channels_first(module)
-        self.drops = any(not d.overrides("product") and dropout(d) for d in distinct)
+        self.drops = any(not d.overrides("product") and d.dropout for d in distinct)
         self.thin = len(spans) == 1 and all(_low_rank(term.deltas) for term in terms) and type(mixer).mix is Mixer.mix
         if mixer.before and not self.thin:
             found = f"an update that is not of low rank at {distinct[0].key}"

@@ -24,7 +24,7 @@ from .mixing import Fuse, Route, Split, made_for, number, router
 from .places import Move, Place, by_place, deltas_of, placed, places_at, slice_of, sliced
 from .plan import whole
 from .site import Site
-from .sums import AttendSum, EditSum, EnterSum, LowRankSum, OutputSum, Term, WeightSum, dropout
+from .sums import AttendSum, EditSum, EnterSum, LowRankSum, OutputSum, Term, WeightSum
 from .weight import NO_WEIGHT
 from .where import in_layers
 
@@ -190,7 +190,7 @@ def _one_weight(terms: Sequence[Term], module: nn.Module) -> list[tuple[Site, De
         if all(_additive(delta) and delta.overrides("factors") for delta in term.deltas)
         for piece in term.pieces
     ]
-    if len({(dropout(d), slice_of(d)) for term in ranks for d in term.deltas}) > 1:  # type: ignore[arg-type]
+    if len({(d.dropout, slice_of(d)) for term in ranks for d in term.deltas}) > 1:  # type: ignore[arg-type]
         ranks = []
     taken = {piece for term in ranks for piece in term.pieces}
     rest = [term for term in terms if not taken.issuperset(term.pieces)]

@@ -38,14 +38,12 @@ class Term:
 class LowRankSum(WeightDelta):
     """W' = W + [c_1 B_1, ..., c_n B_n] [A_1; ...; A_n]: low-rank updates as one of their ranks together, the factors folded in."""
 
-    additive = True
-
     def __init__(self, members: Sequence[tuple[float, WeightDelta]]) -> None:
         super().__init__()
         self.factor = [c for c, _ in members]
         self.members = nn.ModuleList(delta for _, delta in members)
         self.lasting = all(delta.lasting for _, delta in members)
-        self.dropout = dropout(members[0][1])
+        self.dropout = members[0][1].dropout
         self._kept: Keeper[tuple[Tensor, Tensor]] = Keeper(m for source in self.sources() for m in source.modules())
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -62,10 +60,6 @@ class LowRankSum(WeightDelta):
         downs, ups = [down for down, _ in pairs], [c * up for c, (_, up) in zip(self.factor, pairs, strict=True)]
         return (downs[0], ups[0]) if len(ups) == 1 else (torch.cat(downs, -2), torch.cat(ups, -1))
 
-    def weight(self, w: Tensor) -> Tensor:
-        down, up = self.factors()
-        return w + up @ down
-
     def linear(self, x: Tensor, base: Callable[[Tensor], Tensor], host: Host) -> Tensor:
         down, up = self.factors()
         return low_rank(x, base, host, down, up, 1.0, self.dropout if self.members[0].training else 0.0)
@@ -73,11 +67,6 @@ class LowRankSum(WeightDelta):
     def sources(self) -> Iterator[nn.Module]:
         for member in self.members:
             yield from member.sources()  # type: ignore[operator]
-
-
-def dropout(delta: WeightDelta) -> float:
-    """The probability of dropout on the input of a low-rank update."""
-    return float(getattr(delta, "dropout", 0.0))
 
 
 class WeightSum(WeightDelta):

@@ -63,7 +63,6 @@ class LoRA(Method):
 class LowRank(WeightDelta):
     """down = A [*batch, r, in], up = B [*batch, out, r], shift = c [out] or None."""
 
-    additive = True
     lasting = True
 
     def __init__(self, method: LoRA, site: Site) -> None:
@@ -74,9 +73,6 @@ class LowRank(WeightDelta):
         self.shift = w.vector(w.d_out, zeros) if method.bias else None
         self.scale, self.dropout = method.scale, method.dropout
 
-    def weight(self, w: Tensor) -> Tensor:
-        return w + self.scale * (self.up @ self.down)
-
     def bias(self, b: Tensor | None) -> Tensor | None:
         if self.shift is None:
             return b
@@ -86,8 +82,8 @@ class LowRank(WeightDelta):
     def overrides(self, function: str) -> bool:
         return self.shift is not None if function == "bias" else super().overrides(function)
 
-    def factors(self) -> tuple[Tensor, Tensor] | None:
-        return (self.down, self.scale * self.up) if self.shift is None else None
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.down, self.scale * self.up
 
     def linear(self, x: Tensor, base: Callable[[Tensor], Tensor], host: Host) -> Tensor:
         y = low_rank(x, base, host, self.down, self.up, self.scale, self.dropout if self.training else 0.0)

@@ -6,15 +6,13 @@ triplet).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from graftwork.core.delta import WeightDelta
 from graftwork.core.initial import normal, zeros
-from graftwork.core.lowrank import low_rank
-from graftwork.core.plan import Host
 from graftwork.core.weight import Weight
 
 
@@ -26,7 +24,6 @@ class Triplets(WeightDelta):
     [*batch, r] after the final allocation.
     """
 
-    additive = True
     lasting = True
     gone: Tensor
 
@@ -37,12 +34,8 @@ class Triplets(WeightDelta):
         self.up = w.parameter(w.d_out, r, normal(0.02))
         self.scale, self.dropout, self.share, self.matrices = scale, dropout, share, w.copies
 
-    def weight(self, w: Tensor) -> Tensor:
-        return w + self.scale * ((self.up * self.values[..., None, :]) @ self.down)
-
-    def linear(self, x: Tensor, base: Callable[[Tensor], Tensor], host: Host) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
-        return low_rank(x, base, host, self.down, self.up * self.values, self.scale, dropout)
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.down, self.scale * self.up * self.values[..., None, :]
 
     def auxiliary_loss(self) -> Tensor | None:
         if not self.share:
