@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+from ..core.algebra import Expr
 from ..core.errors import GraftError, nearest
 
 RANK = ("r", "energy")
@@ -35,7 +36,9 @@ class Options:
 
 
 def spelled(weights: object) -> str:
-    """A weighted sum as text; what is none, as Python shows it."""
+    """A weighted sum or an expression as text; what is neither, as Python shows it."""
+    if isinstance(weights, Expr | str):
+        return str(weights)
     if not isinstance(weights, Mapping) or not weights:
         return repr(weights)
     return " + ".join(f"{w}*{n}" for n, w in weights.items())

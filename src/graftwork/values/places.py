@@ -69,7 +69,7 @@ class Place:
 class Places:
     """Where some adapters act: on matrices, on vectors (biases, gains), and on modules whose values they replace.
 
-    whole: those that every adapter which acts there trains as they are (`full`): heads, above all; chains of one delta.
+    whole: those that every adapter which acts there trains as they are (`full`): heads, above all; the last of a chain counts.
     """
 
     matrices: list[Place]
@@ -87,7 +87,7 @@ def places(adapters: Sequence[Adapter], body: Body, asked: str) -> Places:
                 delta = part.deltas[site.key]
                 if not (isinstance(delta, WeightDelta) and part.method.mergeable and delta_mergeable(delta)):
                     found = f"{part.method.name} at {site.key} of {adapter.name!r} changes activations, not a weight"
-                    do = "adapters of one method can be averaged (gw.average, --how average), others only run together"
+                    do = "average adapters of one method (gw.average, --how average); others run together: gw.activate, compose --recipe"
                     raise GraftError(asked, found, do)
                 sites.setdefault(site.path, []).append(site)
                 for param in delta.names():
@@ -110,7 +110,7 @@ def places(adapters: Sequence[Adapter], body: Body, asked: str) -> Places:
 def _whole(chains: dict[tuple[str, str], dict[str, list[WeightDelta]]]) -> set[str]:
     paths = {path for path, _ in chains}
     for (path, _), by_name in chains.items():
-        if not all(len(chain) == 1 and isinstance(chain[0], Values) for chain in by_name.values()):
+        if not all(isinstance(delta, Values) for chain in by_name.values() for delta in chain):
             paths.discard(path)
     return paths
 
