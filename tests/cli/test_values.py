@@ -91,7 +91,7 @@ def test_compose_in_a_table_and_by_other_rules(place: Path, capsys, tmp_path: Pa
         ("{a} + {soft}", (), "changes activations"),
         ("{a} - {a}", (), "adds up to nothing"),
         ("{a} >> {a}", (), "stands twice"),
-        ("{a} | {b}", (), "no one change of each weight"),
+        ("{a} | {b}", (), "one for each row or output"),
         ("({a} + {dora}) >> {b}", (), "compose the sum first"),
         ("{a} + missing", (), "missing"),
         ("{a} {b}", (), "expected |, >>, + or -"),

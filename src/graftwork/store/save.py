@@ -22,7 +22,7 @@ from .fingerprint import fingerprint
 from .finite import finite
 from .tensors import NAMES, written
 
-FORMAT = 1
+FORMAT = 1  # of one adapter; 2 is a recipe
 
 
 def save(model: nn.Module, name: str, folder: str | Path, resume: bool = False) -> Path:
@@ -52,7 +52,7 @@ def save(model: nn.Module, name: str, folder: str | Path, resume: bool = False) 
         "sha256": "",  # still being taken
         "aliases": aliases,
         "backbone": fingerprint(model).to_json(),
-        "versions": _versions(),
+        "versions": versions(),
         "metadata": _plain(adapter.metadata, "metadata"),
     }
 
@@ -121,7 +121,8 @@ def _once(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]
     return stored, aliases
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what was at work when a file was written."""
     known = {"graftwork": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
     for library in ("torch", "transformers", "safetensors"):
         if library in sys.modules:

@@ -14,15 +14,14 @@ from transformers import TrainingArguments
 
 from .. import combinators, methods  # noqa: F401  (they register the names that a file uses)
 from ..core.adapter import Adapter
-from ..core.algebra import Beside, Rows
+from ..core.algebra import A
 from ..core.errors import GraftError
 from ..core.graft import activate
-from ..core.grammar import parse
 from ..core.merge import forget, merge
-from ..formats import load
 from ..store.hub import locate
 from . import backbone, tasks
 from .described import metadata_of
+from .several import load_named, over
 from .tasks import Task, Tokens
 from .trainer import GraftTrainer
 
@@ -168,8 +167,15 @@ def open_trained(
     more: folders of other adapters of the same backbone, which `expression` may name, each as its folder is called.
     expression: what is active, e.g. "0.5*sst2 + 0.5*imdb"; None is the adapter of `folder`, whose task is the model's.
     """
-    first, *others = found = [locate(place) for place in (folder, *more)]
-    _check([place.name for place in found], expression)
+    places = [locate(place) for place in (folder, *more)]
+    folders = {place.name: str(place) for place in places}
+    if len(places) > 1 and expression is None:
+        raise GraftError("several adapters", "no expression says what is active", "add --adapter 'a >> b'")
+    if len(folders) < len(places):
+        names = ", ".join(place.name for place in places)
+        raise GraftError("several adapters", f"folders of one name: {names}", "call each folder otherwise")
+    first = places[0]
+    e = A(first.name) if expression is None else over(expression, folders)
     folder = str(first)
     metadata = metadata_of(folder).get("metadata", {})
     if "task" not in metadata:
@@ -186,24 +192,10 @@ def open_trained(
         if name is None:
             raise GraftError(error.asked, error.found, "name the backbone with --backbone") from error
         raise
-    for other in others:
-        load(loaded.model, str(other), other.name)
-    adapter = load(loaded.model, folder, None if expression is None else first.name)
-    if expression is not None:
-        activate(loaded.model, expression)
+    whole, adapters = load_named(loaded.model, folders, e)
+    activate(loaded.model, whole)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Trained(loaded.model.to(device).eval(), adapter, task, loaded.processor)
-
-
-def _check(names: Sequence[str], expression: str | None) -> None:
-    """GraftError where several adapters cannot be told apart, or the expression has not one output for every row."""
-    if len(names) > 1 and expression is None:
-        raise GraftError("several adapters", "no expression says what is active", "add --adapter 'a >> b'")
-    if len(set(names)) < len(names):
-        raise GraftError("several adapters", f"folders of one name: {', '.join(names)}", "call each folder otherwise")
-    if expression is not None and expression not in names and isinstance(parse(expression), Rows | Beside):
-        do = "give one expression for all rows; rows and branches are for Python (gw.rows, a | b)"
-        raise GraftError(f"the adapter {expression!r}", "one for each row or output", do)
+    return Trained(loaded.model.to(device).eval(), adapters[first.name], task, loaded.processor)
 
 
 def rows_of(task: Task, texts: Sequence[Any], pairs: Sequence[Any] | None = None) -> list[dict[str, Any]]:
