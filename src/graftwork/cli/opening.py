@@ -20,11 +20,11 @@ def open_adapters(e: Expr, name: str | None = None) -> tuple[nn.Module, Expr]:
     name: the backbone's folder or hub name, where it is not what the first file says.
     """
     from ..train.origin import open_backbone
-    from ..train.several import load_named
+    from ..train.several import load_named, whole
 
     model, _ = open_backbone(e.names()[0], name)
-    whole, _ = load_named(model, {folder: folder for folder in e.names()}, e)
-    return model.eval(), whole
+    named = load_named(model, {folder: folder for folder in e.names()})
+    return model.eval(), whole(e, named)
 
 
 def save_composed(model: nn.Module, made: Composed | Adapter, out: Path, as_json: bool, saying: str) -> None:

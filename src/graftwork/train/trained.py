@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ..core.merge import forget, merge
 from ..store.hub import locate
 from . import backbone, tasks
 from .described import metadata_of
-from .several import load_named, over
+from .several import Named, by_name, load_named, over, whole
 from .tasks import Task, Tokens
 from .trainer import GraftTrainer
 
@@ -168,34 +168,32 @@ def open_trained(
     expression: what is active, e.g. "0.5*sst2 + 0.5*imdb"; None is the adapter of `folder`, whose task is the model's.
     """
     places = [locate(place) for place in (folder, *more)]
-    folders = {place.name: str(place) for place in places}
     if len(places) > 1 and expression is None:
         raise GraftError("several adapters", "no expression says what is active", "add --adapter 'a >> b'")
-    if len(folders) < len(places):
-        names = ", ".join(place.name for place in places)
-        raise GraftError("several adapters", f"folders of one name: {names}", "call each folder otherwise")
-    first = places[0]
-    e = A(first.name) if expression is None else over(expression, folders)
-    folder = str(first)
+    folders = by_name(places)
+    e = A(places[0].name) if expression is None else over(expression, folders)
+    trained, named = open_named(folders, name)
+    activate(trained.model, whole(e, named))
+    return trained
+
+
+def open_named(folders: Mapping[str, str], name: str | None = None) -> tuple[Trained, dict[str, Named]]:
+    """The backbone of the first of these folders with all of their adapters, and what was loaded by name. name: as above."""
+    first, folder = next(iter(folders.items()))
     metadata = metadata_of(folder).get("metadata", {})
     if "task" not in metadata:
-        raise GraftError(
-            f"the adapter {str(folder)!r}",
-            "no task in adapter.json",
-            "only adapters of graftwork train have one; use gw.load",
-        )
+        do = "only adapters of graftwork train have one; use gw.load"
+        raise GraftError(f"the adapter {folder!r}", "no task in adapter.json", do)
     task = tasks.from_json(metadata["task"])
-    source = name or metadata["backbone"]
     try:
-        loaded = backbone.load(source, task)
+        loaded = backbone.load(name or metadata["backbone"], task)
     except GraftError as error:
         if name is None:
             raise GraftError(error.asked, error.found, "name the backbone with --backbone") from error
         raise
-    whole, adapters = load_named(loaded.model, folders, e)
-    activate(loaded.model, whole)
+    named = load_named(loaded.model, folders)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Trained(loaded.model.to(device).eval(), adapters[first.name], task, loaded.processor)
+    return Trained(loaded.model.to(device).eval(), named[first].adapter, task, loaded.processor), named
 
 
 def rows_of(task: Task, texts: Sequence[Any], pairs: Sequence[Any] | None = None) -> list[dict[str, Any]]:
