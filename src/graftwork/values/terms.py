@@ -23,8 +23,7 @@ def terms(model: nn.Module, of: Mapping[str, float] | Expr | str, asked: str) ->
     Raises GraftError for an adapter that the model has not, and for expressions without one change of each weight.
     """
     if not isinstance(of, Expr | str):
-        check_weights(of, asked)
-        return {n: (w, find(model, n)) for n, w in of.items()}
+        return {n: (w, find(model, n)) for n, w in check_weights(of, asked).items()}
     e = A(of) if isinstance(of, str) and of in adapters(model) else as_expr(of)
     for n in e.names():
         find(model, n)
