@@ -126,12 +126,9 @@ def _pieces(
 
 def _whole(site: Site, wanted: Change) -> Piece | None:
     """All of it: the factors as they are, or by singular values where they would be larger than the weight; None: so are these."""
-    (d_out, d_in), needed = site.weight.shape[-2:], wanted.r
-    if wanted.thin is not None and needed is not None and needed <= min(d_out, d_in):
+    if wanted.thin is not None and wanted.thin[0].shape[-2] <= min(site.weight.shape[-2:]):
         return piece(site, wanted, *wanted.thin)
-    if wanted.thin is None and wanted.spectrum.needed * (d_out + d_in) > d_out * d_in:
-        return None
-    return cut(site, wanted)
+    return None if wanted.too_large else cut(site, wanted)
 
 
 def _too_large(large: list[tuple[Site, int, float]], n: int, asked: str) -> GraftError:
