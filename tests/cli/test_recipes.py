@@ -40,6 +40,9 @@ def scores(capsys, place: Path, *arguments: str) -> dict[str, float]:
 
 def test_what_is_written(place: Path, capsys, tmp_path: Path) -> None:
     assert json.loads((place / "both" / "adapter.json").read_text())["expression"] == "0.6*a + 0.4*soft"
+    inside = place / "both" / "soft"
+    assert json.loads((inside / "adapter.json").read_text())["name"] == "soft"  # and not the path it came from
+    assert "\n# soft\n" in (inside / "README.md").read_text()
     given = [f"{place}/soft >> {place}/b", "--recipe", "--out", str(tmp_path / "r"), "--json"]
     code, out, _ = run(capsys, "compose", *given)
     assert code == 0
@@ -111,6 +114,7 @@ def test_check(place: Path, bert: Path, capsys, tmp_path: Path) -> None:
         ("{p}/a >> {p}/a", (), "twice"),
         ("{p}/a | {p}/b", (), "one for each row or output"),
         ("{p}/a + {p}/nowhere", (), "nowhere"),
+        ("{p}/a", (), "one adapter"),
         ("{p}/a + {p}/b", ("--rank", "3"), "no effect"),
         ("{p}/a + {p}/b", ("--how", "svd"), "no effect"),
         ("{p}/a + {p}/b", ("--head", "a"), "no effect"),
@@ -128,7 +132,5 @@ def test_what_takes_one_adapter_says_so(place: Path, capsys, tmp_path: Path) -> 
     assert code == 2 and "a recipe of several adapters, 0.6*a + 0.4*soft" in err
     code, _, err = run(capsys, "import", f"{place}/both", "--out", str(tmp_path / "own"))
     assert code == 2 and "a recipe of several adapters" in err and not list(tmp_path.iterdir())
-    code, _, err = run(capsys, "push", f"{place}/both", "me/both")
-    assert code == 2 and "a recipe, 0.6*a + 0.4*soft, and not one adapter" in err
     code, out, _ = run(capsys, "similar", f"{place}/a", str(place), "--json")
     assert code == 0 and {json.loads(line)["name"] for line in out.splitlines()} == {"soft", "b"}

@@ -88,6 +88,8 @@ def _keep(model: nn.Module, e: Expr, out: Path, as_json: bool) -> int:
     from ..formats import save
     from .console import console, lines
 
+    if isinstance(e, A):
+        raise GraftError(f"compose a recipe of {e}", "one adapter", "it is a folder by itself: copy that")
     activate(model, e)
     save(model, e, out)
     names = e.names()

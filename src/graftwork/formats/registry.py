@@ -11,7 +11,7 @@ from torch import nn
 from ..core.adapter import Adapter
 from ..core.algebra import A, Expr, as_expr
 from ..core.errors import GraftError, nearest
-from ..core.graft import adapters, find
+from ..core.graft import active_adapters, adapters, find
 from ..core.install import check_free
 from ..core.root import body_of, root_of
 from ..store import load as load_own
@@ -69,8 +69,8 @@ def load(
         if stored.name == place.path.resolve().name:  # it has none of its own; that of a download's folder is a commit
             stored = replace(stored, name=place.name)
         adapter = install(model, body, stored, f"load {str(folder)!r}", name, trainable)
-    if place.origin is not None:
-        adapter.metadata["hub"] = str(place.origin)
+    for one in active_adapters(model) if place.origin is not None else ():
+        one.metadata["hub"] = str(place.origin)
     return adapter
 
 

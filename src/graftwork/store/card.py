@@ -24,7 +24,7 @@ def card(adapter: Adapter, description: dict[str, Any]) -> str:
     lines = [
         *_front(adapter, backbone["name"]),
         "",
-        f"# {adapter.name}",
+        f"# {description['name']}",
         "",
         f"An adapter for {of}{kind}, made with graftwork: {description['parameters']:,} trained parameters, "
         f"{percent:.3f}% of the backbone's {size} (its heads and poolers not counted).",

@@ -46,9 +46,22 @@ class Recipe:
         """Its adapters; the last one's head and task are those of the whole, as in a stack."""
         return self.expression.names()
 
+    def __str__(self) -> str:
+        return str(self.expression)
+
 
 def recipe_in(folder: Path) -> Recipe | None:
     """The recipe in this folder; None where there is none. GraftError for one that is damaged, or whose names are no folders in it."""
+    recipe = told_in(folder)
+    for name in () if recipe is None else recipe.names:
+        inside = folder / name
+        if not inside.is_dir() or inside.resolve().parent != folder.resolve():
+            raise GraftError(f"load {str(folder)!r}: the recipe {recipe}", f"no folder {name!r} in it", "restore it")
+    return recipe
+
+
+def told_in(folder: Path) -> Recipe | None:
+    """As `recipe_in`, by adapter.json alone: whether the folders that it names are there is not looked at."""
     if not (folder / DESCRIPTION).is_file():
         return None
     asked = f"load {str(folder)!r}"
@@ -61,15 +74,11 @@ def recipe_in(folder: Path) -> Recipe | None:
         e = parse(data["expression"])
     except (GraftError, ValueError, RecursionError) as error:
         raise GraftError(f"{asked}: {DESCRIPTION}", f"damaged: {error}", "restore the file") from error
-    names = e.names()
-    for name in names:
+    for name in e.names():
         if not _plain(name):
             found = f"an adapter called {name!r}, which is no folder in it"
             raise GraftError(f"{asked}: the recipe {e}", found, "get it from a source that you trust")
-        inside = folder / name
-        if not inside.is_dir() or inside.resolve().parent != folder.resolve():
-            raise GraftError(f"{asked}: the recipe {e}", f"no folder {name!r} in it", "restore it")
-    if not names:
+    if not e.names():
         raise GraftError(f"{asked}: the recipe {e}", "no adapter", "restore the file")
     return Recipe(folder, e)
 
@@ -131,7 +140,7 @@ def save_recipe(model: nn.Module, e: Expr, folder: str | Path, resume: bool = Fa
 
     def write(into: Path) -> None:
         for member in members:
-            save(model, member.name, into / called[member.name], resume)
+            save(model, member.name, into / called[member.name], resume, called[member.name])
         (into / CARD).write_text(of_recipe(str(shown), _rows(members, called)), encoding="utf-8")
         (into / DESCRIPTION).write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
