@@ -21,7 +21,7 @@ BELOW: dict[str, set[str]] = {
     "objectives": METHODS,
     "systems": {"core", "methods", "combinators", "schedules", "initialise"},
     "store": {"core"},
-    "formats": {"core", "methods", "store"},
+    "formats": {"core", "methods", "store", "values"},
     "values": {"core", "methods", "store"},
     "train": {
         "core",

@@ -12,8 +12,6 @@ from transformers import AutoModelForSequenceClassification
 
 import graftwork as gw
 from graftwork.cli import main
-from graftwork.cli.compose import weights_of
-from graftwork.core.errors import GraftError
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +89,18 @@ def test_compose_in_a_table_and_by_other_rules(place: Path, capsys, tmp_path: Pa
     [
         ("{a} + {dora}", (), "--how svd --rank 16"),
         ("{a} + {soft}", (), "changes activations"),
-        ("{a} + {a}", (), "stands in it twice"),
+        ("{a} - {a}", (), "adds up to nothing"),
+        ("{a} >> {a}", (), "stands twice"),
+        ("{a} | {b}", (), "one for each row or output"),
+        ("({a} + {dora}) >> {b}", (), "compose the sum first"),
         ("{a} + missing", (), "missing"),
-        ("{a} {b}", (), "expected + or -"),
-        ("{a} + 0.5*", (), "expected an adapter's folder"),
-        ("", (), "expected an adapter's folder"),
+        ("{a} {b}", (), "expected |, >>, + or -"),
+        ("{a} + 0.5*", (), "expected the name of an adapter"),
+        ("", (), "expected the name of an adapter"),
         ("{a} + {b}", ("--how", "svd", "--density", "0.5"), "no effect on 'svd'"),
         ("{a} + {b}", ("--how", "average", "--rank", "3"), "no effect on it"),
         ("{a} + {b}", ("--how", "average"), "use gw.combine"),
+        ("{a} >> {b}", ("--how", "average"), "no weighted sum of adapters"),
         ("{a} + {b}", ("--how", "ties", "--density", "0"), "above 0, at most 1"),
     ],
 )
@@ -124,14 +126,35 @@ def test_an_output_folder_that_holds_something_is_left_alone(place: Path, bert: 
     assert (place / "all" / "b" / "adapter.json").read_bytes() == before
 
 
-def test_sums_are_read() -> None:
-    assert weights_of("0.5*a + 0.5*b") == {"a": 0.5, "b": 0.5}
-    assert weights_of(" a - b/c-d.e + .25 * x") == {"a": 1.0, "b/c-d.e": -1.0, "x": 0.25}
-    assert weights_of('-2*"my \\"own\\" folder" + ../up') == {'my "own" folder': -2.0, "../up": 1.0}
-    assert weights_of("-a") == {"a": -1.0}
-    with pytest.raises(GraftError) as caught:
-        weights_of("0.5*a ? b")
-    line, mark = str(caught.value).splitlines()[1:3]
+def test_compose_takes_nested_expressions(place: Path, bert: Path, capsys, tmp_path: Path) -> None:
+    a, b, dora = (place / "all" / n for n in ("a", "b", "dora"))
+    model = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=2).eval()
+    for name, source in (("a", a), ("b", b), ("dora", dora)):
+        gw.load(model, source, name)
+    ids = torch.randint(6, 40, (2, 7))
+    for i, (text, e, options) in enumerate(
+        (
+            ("mean({a}, {b})", "mean(a, b)", ()),
+            ("2*({a} - 0.5*{b})", "2*a - b", ()),
+            ("{a} >> {b}", "a >> b", ()),
+            ("{dora} >> {a}", "dora >> a", ("--method", "svd", "--rank", "64")),
+        )
+    ):
+        given = text.format(a=a, b=f'"{b}"', dora=dora)
+        code, said, err = run(capsys, "compose", given, "--out", str(tmp_path / str(i)), "--json", *options)
+        assert code == 0, err
+        assert max(site["error"] for site in json.loads(said)["sites"]) < 1e-5
+        gw.load(model, tmp_path / str(i), str(i))
+        with torch.no_grad():
+            mine = model(ids).logits
+            gw.activate(model, e)
+            torch.testing.assert_close(mine, model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_compose_points_at_the_character(place: Path, capsys, tmp_path: Path) -> None:
+    code, _, err = run(capsys, "compose", "0.5*a ? b", "--out", str(tmp_path / "c"))
+    assert code == 2
+    line, mark = err.splitlines()[1:3]
     assert line[mark.index("^")] == "?"
 
 

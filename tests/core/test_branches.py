@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 from test_graft import assert_same, state
-from test_sums import CROWDS, anyone, run
+from test_rows import grafted, placed
+from test_sums import CROWDS, anyone, refused, run
 from torch import Tensor, nn
 
 import graftwork as gw
@@ -46,12 +47,10 @@ def test_each_branch_is_what_it_is_alone(host: str, data: st.DataObject) -> None
         assert torch.equal(out, run(model, branch, inputs))
 
 
-def pair(layers: str = "1", **head: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+def pair(layers: str = "1") -> tuple[nn.Module, dict[str, Tensor]]:
     """Two adapters on the upper block of a BERT."""
-    model = fresh(BY_NAME["bert"])
-    for name, method in {"a": gw.LoRA(r=2, layers=layers), "b": gw.Bottleneck(d=3, layers=layers)}.items():
-        leave_init(gw.graft(model, method, name, head=False), ord(name))
-    return model, BY_NAME["bert"].inputs()
+    methods = gw.LoRA(r=2, layers=layers), gw.Bottleneck(d=3, layers=layers)
+    return grafted("bert", *methods), BY_NAME["bert"].inputs()
 
 
 class Counted:
@@ -112,9 +111,8 @@ def test_an_output_that_is_written_into_is_not_used_again() -> None:
 
 
 def test_heads_of_their_own() -> None:
-    model, inputs = fresh(BY_NAME["bert"]), BY_NAME["bert"].inputs()
-    for name, n in (("a", 2), ("b", 5)):
-        leave_init(gw.graft(model, [gw.LoRA(r=2, layers="1"), gw.Full(at="head", outputs=n)], name), ord(name))
+    methods = [[gw.LoRA(r=2, layers="1"), gw.Full(at="head", outputs=n)] for n in (2, 5)]
+    model, inputs = grafted("bert", *methods, head=None), BY_NAME["bert"].inputs()
     got = branches(model, "a | b", inputs)
     assert {name: out.shape[1] for name, out in got.items()} == {"a": 2, "b": 5}
     for name, out in got.items():
@@ -126,10 +124,7 @@ def test_heads_of_their_own() -> None:
 )
 def test_hosts(host: str) -> None:
     kind = BY_NAME[host]
-    model, inputs = fresh(kind), kind.inputs()
-    made = {"at": kind.at} if kind.at else {}
-    for name, method in {"a": gw.LoRA(r=3, **made), "b": gw.DoRA(r=2, **made)}.items():
-        leave_init(gw.graft(model, method, name, head=False, seed=ord(name)), ord(name))
+    model, inputs = grafted(host, *(placed(m, kind.at) for m in (gw.LoRA(r=3), gw.DoRA(r=2)))), kind.inputs()
     for text, out in branches(model, "a | 0.5*b | a >> b", inputs).items():
         assert torch.equal(
             out, run(model, text, inputs | ({"use_cache": False} if host in ("llama", "gpt2", "t5") else {}))
@@ -206,12 +201,7 @@ def test_afterwards_the_model_is_what_it_was() -> None:
 def test_refusals(e: str) -> None:
     model, inputs = pair()
     gw.activate(model, "a")
-    before, was = state(model), output(model, inputs)
-    with pytest.raises(gw.GraftError):
-        gw.activate(model, e)
-    assert gw.active(model) == "a"
-    assert_same(model, before)
-    assert torch.equal(output(model, inputs), was)
+    refused(model, e, inputs)
 
 
 def test_rows_of_branches() -> None:
@@ -226,10 +216,7 @@ def test_what_branches_cannot_do() -> None:
         gw.merge(model)
     with pytest.raises(gw.GraftError, match="called by itself"):
         model.bert(**inputs)
-    model = fresh(BY_NAME["llama"])
-    ids = BY_NAME["llama"].inputs()["input_ids"]
-    for name in "ab":
-        leave_init(gw.graft(model, gw.LoRA(r=2), name, head=False), ord(name))
+    model, ids = grafted("llama", gw.LoRA(r=2), gw.LoRA(r=2)), BY_NAME["llama"].inputs()["input_ids"]
     gw.activate(model, "a | b")
     with pytest.raises(gw.GraftError, match="cache"):
         model.generate(ids, max_new_tokens=2, do_sample=False)

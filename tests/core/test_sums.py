@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 from test_graft import assert_same, state
-from test_rows import ABSENT, METHODS
+from test_rows import ABSENT, METHODS, grafted, placed
 from torch import Tensor, nn
 
 import graftwork as gw
@@ -47,6 +47,16 @@ WEIGHTS = {
 def run(model: nn.Module, e: Expr | str | None, inputs: dict[str, Tensor]) -> Tensor:
     with gw.using(model, e):
         return output(model, inputs)
+
+
+def refused(model: nn.Module, e: str, inputs: dict[str, Tensor], said: str | None = None) -> None:
+    """An expression that is a GraftError, after which the model is what it was."""
+    active, before, was = gw.active(model), state(model), output(model, inputs)
+    with pytest.raises(gw.GraftError, match=said):
+        gw.activate(model, e)
+    assert gw.active(model) == active
+    assert_same(model, before)
+    assert torch.equal(output(model, inputs), was)
 
 
 def anyone(host: str, n: int, among: dict[str, Any] = CROWDS) -> st.SearchStrategy[list[str]]:
@@ -189,9 +199,8 @@ def test_a_sum_changes_the_output_by_the_sum_of_the_changes(group: str, learning
 
 
 def test_sums_of_attention() -> None:
-    model, inputs = fresh(BY_NAME["multihead_whole"]), BY_NAME["multihead_whole"].inputs()
-    for name, method in {"a": gw.Prefix(length=3, at="attn"), "b": gw.Prefix(length=2, at="attn")}.items():
-        leave_init(gw.graft(model, method, name, head=False, seed=ord(name)), ord(name))
+    inputs = BY_NAME["multihead_whole"].inputs()
+    model = grafted("multihead_whole", gw.Prefix(length=3, at="attn"), gw.Prefix(length=2, at="attn"))
     own, a, b, ab = (run(model, e, inputs) for e in (None, "a", "b", "a >> b"))
     close(run(model, "0.7*a - 0.2*b", inputs), own + 0.7 * (a - own) - 0.2 * (b - own))
     close(run(model, "0.7*(a >> b) + b", inputs), own + 0.7 * (ab - own) + (b - own))
@@ -201,14 +210,8 @@ def test_sums_of_attention() -> None:
                                   "linear_read", "multihead", "experts", "encoder"])  # fmt: skip
 def test_every_kind_of_host(host: str) -> None:
     kind = BY_NAME[host]
-    model, inputs = fresh(kind), kind.inputs()
-    made = {"at": kind.at} if kind.at else {}
-    for name, method in {
-        "a": gw.LoRA(r=3, **made),
-        "b": gw.DoRA(r=2, **made),
-        "c": gw.LoRA(r=2, rslora=True, **made),
-    }.items():
-        leave_init(gw.graft(model, method, name, head=False, seed=ord(name)), ord(name))
+    made = [placed(method, kind.at) for method in (gw.LoRA(r=3), gw.DoRA(r=2), gw.LoRA(r=2, rslora=True))]
+    model, inputs = grafted(host, *made), kind.inputs()
     for e in ("0.7*a - 0.2*b", "a + 0.5*c", "mean(a, b, c)", "0.5*(a >> b) + c", "(0.3*a + c) >> b"):
         gw.activate(model, e)
         want = output(model, inputs)
@@ -262,12 +265,8 @@ def test_no_expression_is_walked_and_no_name_is_looked_up_in_a_pass(e: str) -> N
 
 
 def several() -> nn.Module:
-    model = fresh(BY_NAME["bert"])
-    methods = {"a": gw.LoRA(r=2), "b": gw.LoRA(r=4), "c": gw.DoRA(r=2), "d": gw.IA3(), "e": gw.Bottleneck(d=3),
-               "f": gw.Parallel(d=3), "g": gw.Prefix(length=2)}  # fmt: skip
-    for name, method in methods.items():
-        leave_init(gw.graft(model, method, name, head=False), ord(name))
-    return model
+    edits = gw.Bottleneck(d=3), gw.Parallel(d=3), gw.Prefix(length=2)  # e, f, g
+    return grafted("bert", gw.LoRA(r=2), gw.LoRA(r=4), gw.DoRA(r=2), gw.IA3(), *edits)
 
 
 @pytest.mark.parametrize("e", ["0.7*a + 0.3*b", "0.5*a - c + d", "mean(e, a)", "0.5*e + f", "0.3*g + a"])
@@ -451,14 +450,9 @@ def test_methods_without_a_sum(method: Any, said: str) -> None:
     ],
 )
 def test_refusals_change_nothing(e: str, said: str) -> None:
-    model, inputs = several(), BY_NAME["bert"].inputs()
+    model = several()
     gw.activate(model, "0.5*a + e")
-    before, was = state(model), output(model, inputs)
-    with pytest.raises(gw.GraftError, match=said):
-        gw.activate(model, e)
-    assert gw.active(model) == "0.5*a + e"
-    assert_same(model, before)
-    assert torch.equal(output(model, inputs), was)
+    refused(model, e, BY_NAME["bert"].inputs(), said)
     gw.activate(model, None)
     with pytest.raises(gw.GraftError, match=said), gw.using(model, e):
         pass
@@ -466,9 +460,8 @@ def test_refusals_change_nothing(e: str, said: str) -> None:
 
 
 def test_heads_in_a_sum() -> None:
-    model, inputs = fresh(BY_NAME["bert"]), BY_NAME["bert"].inputs()
-    for name, n in (("a", 5), ("b", 5), ("c", None), ("d", None)):
-        leave_init(gw.graft(model, [gw.LoRA(r=2), gw.Full(at="head", outputs=n)], name), ord(name))
+    methods = [[gw.LoRA(r=2), gw.Full(at="head", outputs=n)] for n in (5, 5, None, None)]
+    model, inputs = grafted("bert", *methods, head=None), BY_NAME["bert"].inputs()
     assert run(model, "0.3*a + 0.7*b", inputs).shape == (3, 5)
     heads = {n: run(model, n, inputs) for n in "ab"}
     assert not any(torch.allclose(run(model, "mean(a, b)", inputs), h, atol=1e-4) for h in heads.values())
@@ -488,9 +481,8 @@ def test_merging_a_sum_that_cannot_be_merged() -> None:
 
 
 def test_a_norms_input_edited_by_one_adapter_twice() -> None:
-    model, inputs = fresh(BY_NAME["llama"]), BY_NAME["llama"].inputs()
-    for name in "ab":
-        leave_init(gw.graft(model, gw.Bottleneck(d=3, position="before", at="mlp"), name, head=False), ord(name))
+    before = gw.Bottleneck(d=3, position="before", at="mlp")
+    model, inputs = grafted("llama", before, before), BY_NAME["llama"].inputs()
     close(run(model, "0.5*a + 0.5*b", inputs), run(model, "mean(b, a)", inputs))
     with pytest.raises(gw.GraftError, match="two terms"):
         gw.activate(model, "a + (a >> b)")

@@ -106,6 +106,41 @@ def test_the_card_is_what_the_hub_reads(hub: Hub, tmp_path: Path) -> None:
     assert "base_model" not in (tmp_path / "local" / "README.md").read_text().split("---\n")[1]
 
 
+def test_a_recipe_with_its_adapters(hub: Hub, tmp_path: Path) -> None:
+    ours = bert()
+    trained(ours, "a")
+    trained(ours, "soft", gw.Bottleneck(d=3), seed=1)
+    gw.save(ours, "0.5*a + soft", tmp_path / "r")
+    gw.activate(ours, "0.5*a + soft")
+    (tmp_path / "r" / "a" / "notes.txt").write_text("mine alone")
+    address = gw.push(tmp_path / "r", "me/sst2")
+    own = [f"{n}/{file}" for n in ("a", "soft") for file in ("README.md", "adapter.json", "adapter.safetensors")]
+    assert {*files_of(hub, "me/sst2")} == {".gitattributes", "README.md", "adapter.json", *own}
+    theirs = bert()
+    gw.load(theirs, "hub:me/sst2")
+    assert gw.active(theirs) == "0.5*a + soft" and logits(theirs).equal(logits(ours))
+    assert {a.metadata["hub"] for a in gw.adapters(theirs).values()} == {address}
+    inside = {f"deep/{name}": data for name, data in files_of(hub, "me/sst2").items()}
+    hub.put("me/deep", inside)
+    again = bert()
+    gw.load(again, "hub:me/deep:deep", "x")
+    assert gw.active(again) == "0.5*x/a + x/soft" and logits(again).equal(logits(ours))
+    files = dict(files_of(hub, "me/sst2"))
+    for name in ("../../up", "a/b", "*"):
+        evil = json.dumps(json.loads(files["adapter.json"]) | {"expression": f"a >> {json.dumps(name)}"})
+        hub.put("me/evil", files | {"adapter.json": evil.encode()})
+        model = bert()
+        before = look(model)
+        with pytest.raises(gw.GraftError, match="no folder in it"):
+            gw.load(model, "hub:me/evil")
+        assert look(model) == before
+    (tmp_path / "r" / "soft" / "adapter.safetensors").write_bytes(b"")
+    commits = len(hub.repos["me/sst2"].commits)
+    with pytest.raises(gw.GraftError):
+        gw.push(tmp_path / "r", "me/sst2")
+    assert len(hub.repos["me/sst2"].commits) == commits
+
+
 def test_branches_and_folders(hub: Hub, tmp_path: Path) -> None:
     one, two = saved(tmp_path / "one"), saved(tmp_path / "two", seed=3)
     files = {f"adapters/en/{n}": data for n, data in disk(one).items()}

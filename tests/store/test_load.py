@@ -373,8 +373,8 @@ def test_a_site_that_the_backbone_lacks(tmp_path: Path):
 
 
 def test_a_newer_format(tmp_path: Path):
-    rewrite(saved(tmp_path), lambda d: d.update(format=2))
-    refused(tmp_path, "format 2", "newer graftwork")
+    rewrite(saved(tmp_path), lambda d: d.update(format=3))
+    refused(tmp_path, "format 3", "newer graftwork")
 
 
 @pytest.mark.parametrize("version", [None, "1", True, 0, -1, 1.5])

@@ -23,6 +23,7 @@ COMMANDS = {
     "compose": ("compose", "make one new adapter out of several"),
     "convert": ("convert", "any adapter of weights as plain LoRA"),
     "extract": ("extract", "a LoRA out of a checkpoint that was tuned as a whole"),
+    "compare": ("compare", "several adapters side by side on labelled data"),
     "similar": ("similar", "the adapters of a folder that are most like one"),
     "methods": ("methods", "the methods: equation, hyper-parameters, source"),
     "anatomy": ("anatomy", "the parts of a backbone that an adapter can sit on"),

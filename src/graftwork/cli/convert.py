@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..core.algebra import A
 from ..core.errors import GraftError
 
 
@@ -23,9 +24,10 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Do what the options ask for. Returns the exit code."""
-    from .opening import check_out, open_adapters, save_composed
+    from ..store.atomic import new_folder
+    from .opening import open_adapters, save_composed
 
-    out = check_out(parsed.out)
+    out = new_folder(parsed.out)
     import graftwork.methods  # noqa: F401  (it registers the names)
 
     from ..core.text import parse_methods
@@ -39,7 +41,7 @@ def run(parsed: argparse.Namespace) -> int:
     from .console import quiet
 
     quiet()
-    model = open_adapters([parsed.adapter], parsed.backbone)
-    made = combine(model, out.name, {parsed.adapter: 1.0}, "svd", r=asked[0].r)
+    model, e = open_adapters(A(parsed.adapter), parsed.backbone)
+    made = combine(model, out.name, e, "svd", r=asked[0].r)
     save_composed(model, made, out, parsed.json, parsed.adapter)
     return 0

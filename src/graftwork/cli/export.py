@@ -33,7 +33,8 @@ def run(parsed: argparse.Namespace) -> int:
     """Do what the options ask for. Returns the exit code."""
     from ..core.errors import GraftError
     from ..formats import by_name, load, plain_lora, write
-    from ..store.hub import pinned
+    from ..store.hub import locate, pinned
+    from ..store.recipe import refuse_recipe
 
     by_name(parsed.format)  # a wrong name is said before anything is loaded
     if not parsed.as_lora and (parsed.rank is not None or parsed.energy is not None):
@@ -43,6 +44,7 @@ def run(parsed: argparse.Namespace) -> int:
 
     quiet()
     place = pinned(parsed.adapter)
+    refuse_recipe(locate(place).path, f"export {place!r}")
     model, _ = open_backbone(place, parsed.backbone)
     adapter = load(model, place)
     if parsed.as_lora:

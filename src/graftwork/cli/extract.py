@@ -23,9 +23,10 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Do what the options ask for. Returns the exit code."""
-    from .opening import check_out, save_composed
+    from ..store.atomic import new_folder
+    from .opening import save_composed
 
-    out = check_out(parsed.out)
+    out = new_folder(parsed.out)
     from pathlib import Path
 
     from ..train import backbone

@@ -26,12 +26,14 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Do what the options ask for. Returns the exit code."""
     from ..formats import load, save
-    from ..store.hub import pinned
+    from ..store.hub import locate, pinned
+    from ..store.recipe import refuse_recipe
     from ..train.origin import open_backbone
     from .console import console, quiet
 
     quiet()
     place = pinned(parsed.folder)
+    refuse_recipe(locate(place).path, f"import {place!r}")
     model, name = open_backbone(place, parsed.backbone)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

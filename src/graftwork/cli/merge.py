@@ -6,7 +6,6 @@ graftwork merge adapters/sst2 --out merged/
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from .options import add_expression
 
@@ -24,12 +23,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Do what the options ask for. Returns the exit code."""
-    from ..core.errors import GraftError
+    from ..store.atomic import new_folder, place_folder
 
-    out = Path(parsed.out).expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise GraftError(f"write to {parsed.out!r}", "something is there", "give a new or empty folder")
-    from ..train.output import place_folder
+    out = new_folder(parsed.out)
     from ..train.trained import open_trained
     from .console import console, quiet
 

@@ -2,49 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from ..core.errors import GraftError
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ..core.adapter import Adapter
+    from ..core.algebra import Expr
     from ..values.hold import Composed
 
 
-def check_out(out: str) -> Path:
-    """GraftError unless this is a new or empty folder."""
-    folder = Path(out).expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise GraftError(f"write to {out!r}", "something is there", "give a new or empty folder")
-    return folder
-
-
-def open_adapters(folders: Sequence[str], name: str | None = None) -> nn.Module:
-    """The backbone of the first, in evaluation mode, with all of them, each under the text that was given for its folder.
+def open_adapters(e: Expr, name: str | None = None) -> tuple[nn.Module, Expr]:
+    """The backbone of the first adapter that e names, in evaluation mode, with all of them, each under the text that was
+    given for its folder; and e with each recipe's expression in the place of its folder.
 
     name: the backbone's folder or hub name, where it is not what the first file says.
     """
-    from .. import combinators, methods  # noqa: F401  (they register the names that a file uses)
-    from ..store import load
-    from ..train import backbone, tasks
-    from ..train.described import metadata_of
+    from ..train.origin import open_backbone
+    from ..train.several import load_named, whole
 
-    described = metadata_of(folders[0])
-    metadata, stored = described["metadata"], described["backbone"]
-    source = name or metadata.get("backbone") or stored["name"]
-    if not source:
-        raise GraftError(f"the backbone of {folders[0]!r}", "no name in its file", "name it with --backbone")
-    if "task" in metadata:
-        model = backbone.load(source, tasks.from_json(metadata["task"])).model
-    else:
-        model = backbone.of_class(source, stored["class"])
-    for folder in folders:
-        load(model, folder, name=folder)
-    return model.eval()
+    model, _ = open_backbone(e.names()[0], name)
+    named = load_named(model, {folder: folder for folder in e.names()})
+    return model.eval(), whole(e, named)
 
 
 def save_composed(model: nn.Module, made: Composed | Adapter, out: Path, as_json: bool, saying: str) -> None:

@@ -1,4 +1,5 @@
-"""What an adapter is: methods, sites, parameters, backbone, scores, and how it was trained. The backbone is not loaded.
+"""What an adapter is: methods, sites, parameters, backbone, scores, and how it was trained; of a recipe its expression and
+its adapters. The backbone is not loaded.
 
 graftwork show adapters/sst2 [--json]
 """
@@ -6,7 +7,10 @@ graftwork show adapters/sst2 [--json]
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..store.recipe import Recipe
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -17,18 +21,24 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Do what the options ask for. Returns the exit code."""
-    from ..store.hub import pinned
+    from ..store.hub import locate, pinned
+    from ..store.read import description
+    from ..store.recipe import recipe_in
     from ..train.described import describe, metadata_of
     from .console import lines, pairs, table
 
     place = pinned(parsed.adapter)
-    data = metadata_of(place)
+    recipe = recipe_in(locate(place).path)
+    data = metadata_of(place) if recipe is None else description(recipe.folder, f"show {place!r}")
     if parsed.json:
         lines([data])
         return 0
     import graftwork.combinators
     import graftwork.methods  # noqa: F401  (both register the names in the file)
 
+    if recipe is not None:
+        _show_recipe(recipe)
+        return 0
     described = describe(data, place)
     pairs(described.facts, described.name)
     table(("method", "at", "sites"), described.parts)
@@ -41,3 +51,20 @@ def run(parsed: argparse.Namespace) -> int:
         if values:
             pairs(values, title)
     return 0
+
+
+def _show_recipe(recipe: Recipe) -> None:
+    from ..train.described import describe, metadata_of
+    from .console import pairs, table
+
+    members = [describe(metadata_of(recipe.folder / name), recipe.folder / name) for name in recipe.names]
+    pairs({"expression": str(recipe.expression), "backbone": members[-1].facts["backbone"]}, recipe.folder.name)
+    rows = [
+        (
+            name,
+            " + ".join(method for method, _, _ in d.parts),
+            *(d.facts[k] for k in ("parameters", "on disk", "labels")),
+        )
+        for name, d in zip(recipe.names, members, strict=True)
+    ]
+    table(("adapter", "methods", "parameters", "on disk", "labels"), rows)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from numbers import Real
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from .errors import GraftError
 
@@ -231,6 +231,17 @@ def linear(e: Expr) -> list[tuple[float, Expr]]:
         for inner, key in linear(t):
             factors[key] = factors.get(key, Fraction(0)) + Fraction(c) * Fraction(inner)
     return [(float(c), t) for t, c in factors.items() if c]
+
+
+def rebuilt(e: Expr, change: Callable[[Expr], Expr]) -> Expr:
+    """The same expression made of change(t) for each expression t that it is made of."""
+
+    def again(value: Any) -> Any:
+        if isinstance(value, Expr):
+            return change(value)
+        return tuple(map(again, value)) if isinstance(value, tuple) else value
+
+    return replace(e, **{field.name: again(getattr(e, field.name)) for field in fields(e)})
 
 
 def whole(word: str, e: Expr) -> Expr:

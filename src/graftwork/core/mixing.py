@@ -6,13 +6,12 @@ a token stands. What a mixing method computes is in `mixer`, where it does so in
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .adapter import Adapter, Part
-from .algebra import A, Drop, Expr, as_expr, whole
+from .algebra import A, Drop, Expr, as_expr, rebuilt, whole
 from .errors import GraftError
 from .method import Method, flatten
 
@@ -150,8 +149,7 @@ def resolved(e: Expr, adapters: Mapping[str, Adapter]) -> Expr:
         e = Fuse(e.of, _maker(e, adapters))
     if isinstance(e, Fuse) or (isinstance(e, Route) and e.by in adapters):
         _check_mixing(e, adapters)
-    inner = [t if isinstance(t, str) else resolved(t, adapters) for t in _children(e)]
-    return _rebuilt(e, inner)
+    return rebuilt(e, lambda t: resolved(t, adapters))
 
 
 def _maker(e: Fuse, adapters: Mapping[str, Adapter]) -> str:
@@ -176,23 +174,6 @@ def _check_mixing(e: Fuse | Route, adapters: Mapping[str, Adapter]) -> None:
 def _children(e: Expr) -> list[Expr]:
     """The expressions inside, without the adapter that mixes."""
     return [*e.of] if isinstance(e, Fuse) else [*e.inner()]
-
-
-def _rebuilt(e: Expr, inner: list[Expr]) -> Expr:
-    """The same expression made of others."""
-    if not inner:
-        return e
-    took = iter(inner)
-    of = e.of  # type: ignore[attr-defined]
-    if isinstance(of, Expr):
-        return dataclasses.replace(e, of=next(took))  # type: ignore[call-arg]
-
-    def again(t: object) -> object:
-        if isinstance(t, tuple):
-            return tuple(next(took) if isinstance(x, Expr) else x for x in t)
-        return None if t is None else next(took)
-
-    return dataclasses.replace(e, of=tuple(again(t) for t in of))  # type: ignore[call-arg]
 
 
 def router(e: Route | Fuse, adapters: Mapping[str, Adapter]) -> tuple[Method, Part | None]:

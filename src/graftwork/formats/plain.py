@@ -6,7 +6,6 @@ least of it in the Frobenius norm: |dW - B A|^2 is the sum of the squared singul
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,22 +14,22 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Part
 from ..core.body import Body
-from ..core.delta import WeightDelta
 from ..core.errors import GraftError
 from ..core.graft import build, find
 from ..core.initial import Later
 from ..core.install import check_free
-from ..core.merge import delta_mergeable
 from ..core.root import body_of
 from ..core.site import Site
-from ..core.spectrum import Spectrum, of_factors, of_matrix
+from ..core.spectrum import Spectrum
 from ..methods.weight.full import Full
 from ..methods.weight.lora import LoRA
 from ..store.save import checked
+from ..values.change import Change
+from ..values.options import is_rank, is_share
+from ..values.places import Chains, Place, adapted, chains_of
 from .places import whole_site
 
 EXACT = 1e-5  # a relative error that the rounding of float32 explains
-Chains = dict[tuple[str, str], list[WeightDelta]]
 
 
 @dataclass(frozen=True)
@@ -59,24 +58,24 @@ def plain_lora(
     and neither `rank` nor `energy` says how much of it to keep.
     """
     asked, adapter, body = f"{name!r} as LoRA", find(model, name), body_of(model)
-    if (rank is not None and rank < 1) or (energy is not None and not 0 < energy <= 1):
+    if (rank is not None and not is_rank(rank)) or (energy is not None and not is_share(energy)):
         raise GraftError(asked, f"rank={rank}, energy={energy}", "give a rank of 1 or more, or an energy in (0, 1]")
     check_free(model, body)
     for key, value in adapter.named_parameters():
         checked(adapter, key, value)
     heads = [p for p in adapter.parts if isinstance(p.method, Full) and all(s.role == "head" for s in p.sites)]
-    chains = _chains([part for part in adapter.parts if part not in heads], asked)
+    rest = Adapter(name, [part for part in adapter.parts if part not in heads])
+    chains = chains_of([rest], asked, "only methods that can be merged are LoRA, exactly or nearly")
     updates = list(_updates(chains, body, asked))
     if not chains:
         raise GraftError(asked, "it adapts no weight", "LoRA holds updates of matrices")
-    shifts = _shifts(chains, [site for site, _, _ in updates], body, asked)
-    spectra = [_spectrum(*update, asked) for update in updates]
-    for site, one, cheap in spectra if rank is None and energy is None else ():
-        (out, into), needed = site.weight.shape[-2:], one.needed
-        if not cheap and needed * (out + into) > out * into:
+    shifts = _shifts(chains, [site for site, _ in updates], body, asked)
+    for site, update in updates if rank is None and energy is None else ():
+        if update.too_large:
+            (out, into), needed = site.weight.shape[-2:], update.spectrum.needed
             found = f"the update at {site.key} [{out}, {into}] has rank {needed}, as LoRA larger than the weight"
             raise GraftError(asked, found, "say how much to keep: rank=16 (--rank 16) or energy=0.99 (--energy 0.99)")
-    kept = [(site, one, one.rank(rank, energy)) for site, one, _ in spectra]
+    kept = [(site, update.spectrum, update.spectrum.rank(rank, energy)) for site, update in updates]
     return _made(adapter, heads, kept, shifts, body)
 
 
@@ -88,28 +87,15 @@ def in_words(rows: Sequence[Refactored]) -> str:
     return f"as LoRA the updates are off by {mean:.2g} of their norm on average, {worst.error:.2g} at {worst.site}"
 
 
-def _chains(parts: Sequence[Part], asked: str) -> Chains:
-    """The deltas of each parameter, first applied first."""
-    out: Chains = {}
-    for part in parts:
-        for site in part.sites:
-            delta = part.deltas[site.key]
-            if not (isinstance(delta, WeightDelta) and part.method.mergeable and delta_mergeable(delta)):
-                found = f"{part.method.name} at {site.key} changes activations, not a weight"
-                raise GraftError(asked, found, "only methods that can be merged are LoRA, exactly or nearly")
-            for name in delta.names():
-                out.setdefault((site.path, name), []).append(delta)
-    return out
-
-
-def _updates(chains: Chains, body: Body, asked: str) -> Iterator[tuple[Site, list[WeightDelta], Tensor]]:
-    """Every adapted matrix with its deltas and its stored value."""
-    for (path, name), chain in chains.items():
-        stored = body.modules[path]._parameters.get(name)
+def _updates(chains: Chains, body: Body, asked: str) -> Iterator[tuple[Site, Change]]:
+    """Every adapted matrix with its update."""
+    for (path, param), chain in chains.items():
+        stored = body.modules[path]._parameters.get(param)
         if stored is not None and stored.is_meta:
-            raise GraftError(asked, f"{path}.{name} is on the meta device", "give the model its weights first")
+            raise GraftError(asked, f"{path}.{param} is on the meta device", "give the model its weights first")
         if stored is not None and stored.dim() > 1:
-            yield whole_site(body, path, asked, name), chain, stored.detach()
+            site = whole_site(body, path, asked, param)
+            yield site, Place(site, param, chain).change(*chain)
 
 
 def _shifts(chains: Chains, sites: Sequence[Site], body: Body, asked: str) -> dict[str, Tensor]:
@@ -120,42 +106,17 @@ def _shifts(chains: Chains, sites: Sequence[Site], body: Body, asked: str) -> di
         stored = body.modules[path]._parameters.get(name)
         if stored is not None and stored.dim() > 1:
             continue
-        new = _adapted(chain, name, stored)
+        (deltas,) = chain.values()
+        old = None if stored is None else stored.detach().to("cpu", torch.float64)
+        new = adapted(deltas, name, old)
         if new is None:  # there was no bias, and is none
             continue
         if (path, name) not in homes:
             what = "a bias whose weight is not" if "bias" in name else "a vector that is"
             do = "LoRA holds updates of matrices, and shifts of their biases"
             raise GraftError(asked, f"{path}.{name}, {what} adapted", do)
-        out[homes[path, name].key] = new if stored is None else new - stored.double()
+        out[homes[path, name].key] = new if old is None else new - old
     return out
-
-
-def _adapted(chain: Sequence[WeightDelta], name: str, value: Tensor | None) -> Tensor | None:
-    """What the chain makes of a parameter, in float64."""
-    made = None if value is None else value.double()
-    for delta in chain:
-        twin = copy.deepcopy(delta, {id(delta.runtime): delta.runtime})
-        for source in twin.sources():
-            source.double()
-        made = twin.adapted(name, made)
-    return None if made is None else made.double()
-
-
-def _spectrum(site: Site, chain: Sequence[WeightDelta], stored: Tensor, asked: str) -> tuple[Site, Spectrum, bool]:
-    """The update at a site; whether its rank was known to be small."""
-    pairs = [delta.factors() if delta.view.rows is None else None for delta in chain]
-    known = [pair for pair in pairs if pair is not None]
-    if len(known) == len(pairs):
-        down, up = torch.cat([a for a, _ in known], dim=-2), torch.cat([b for _, b in known], dim=-1)
-        return site, of_factors(down.cpu(), up.cpu()), True
-    start = torch.zeros_like(stored) if all(delta.additive for delta in chain) else stored
-    new = _adapted(chain, site.weight.name, start)
-    assert new is not None
-    if new.shape != start.shape:
-        found = f"{list(new.shape)} in the place of {list(start.shape)} at {site.key}"
-        raise GraftError(asked, found, "LoRA holds updates of matrices that keep their shape")
-    return site, of_matrix(site.weight.dense(new - start.double()).cpu()), False
 
 
 def _made(

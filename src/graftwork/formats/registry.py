@@ -9,8 +9,9 @@ from pathlib import Path
 from torch import nn
 
 from ..core.adapter import Adapter
+from ..core.algebra import A, Expr, as_expr
 from ..core.errors import GraftError, nearest
-from ..core.graft import find
+from ..core.graft import active_adapters, adapters, find
 from ..core.install import check_free
 from ..core.root import body_of, root_of
 from ..store import load as load_own
@@ -18,6 +19,7 @@ from ..store import save as save_own
 from ..store.atomic import DESCRIPTION
 from ..store.hub import locate
 from ..store.load import install
+from ..store.recipe import load_recipe, recipe_in, save_recipe
 from .adapterhub import AdapterHub
 from .diffusion import Diffusers, Kohya
 from .format import Format
@@ -38,10 +40,14 @@ def load(
 ) -> Adapter:
     """Load the adapter in `folder`, of any known format, onto `model` and activate it.
 
+    Of a recipe, an expression that was saved with its adapters, all are loaded, the expression is activated, and the last
+    adapter that it names is returned.
+
     folder: on this machine, or the path of a .safetensors file where the format is one file (kohya, diffusers), or
         hub:NAME/REPO[@REVISION][:FOLDER], which is downloaded; metadata["hub"] then says from which commit, and so does
         what is saved of it.
-    name: None takes the stored one, or the folder's name where the format stores none.
+    name: None takes the stored one, or the folder's name where the format stores none. Of a recipe what stands in front of
+        its adapters' names, NAME/a.
     trainable: its parameters receive gradients, so that training can go on (from a save with resume=True exactly).
     partial: leave out, with a warning that names them, what is missing or superfluous in a file of another library;
         otherwise that is an error. graftwork's own files are always read whole.
@@ -51,7 +57,10 @@ def load(
     """
     place = locate(folder)
     form = recognise(place.path)
-    if form is None:
+    recipe = recipe_in(place.path) if form is None else None
+    if recipe is not None:
+        adapter = load_recipe(model, recipe, name, trainable)
+    elif form is None:
         adapter = load_own(model, place.path, name, trainable)
     else:
         body = body_of(model)
@@ -60,14 +69,14 @@ def load(
         if stored.name == place.path.resolve().name:  # it has none of its own; that of a download's folder is a commit
             stored = replace(stored, name=place.name)
         adapter = install(model, body, stored, f"load {str(folder)!r}", name, trainable)
-    if place.origin is not None:
-        adapter.metadata["hub"] = str(place.origin)
+    for one in active_adapters(model) if place.origin is not None else ():
+        one.metadata["hub"] = str(place.origin)
     return adapter
 
 
 def save(
     model: nn.Module,
-    name: str,
+    name: str | Expr,
     folder: str | Path,
     resume: bool = False,
     format: str = OWN,
@@ -77,6 +86,8 @@ def save(
 ) -> Path:
     """Write the adapter `name` of `model` into `folder`: by default its tensors, adapter.json and README.md. Returns the folder.
 
+    name: or an expression over adapters, as gw.activate takes it, which is written as a recipe: the expression and each of
+        its adapters in a folder of its own; gw.save(model, gw.active(model), folder). That folder must be new or empty.
     folder: made where it is missing; an adapter in it is replaced, other files stay. Of a format that is one file
         (kohya, diffusers) it may be the path of that file, NAME.safetensors.
     resume: keep all that training needs to go on (the unfolded form, the state of schedules), not only what is used.
@@ -88,8 +99,17 @@ def save(
     Raises GraftError for an unknown adapter or format, values that are not finite or not here (meta device, sharded),
     metadata that JSON cannot hold, an adapter that the format cannot hold, and a folder that cannot be written.
     """
+    e = name if isinstance(name, str) and name in adapters(model) else as_expr(name)
+    name = e.name if isinstance(e, A) else str(e)
     if not as_lora and (rank is not None or energy is not None):
         raise GraftError(f"save {name!r} with rank={rank}, energy={energy}", "as_lora is not set", "set as_lora=True")
+    if isinstance(e, Expr) and not isinstance(e, A):
+        if format != OWN or as_lora:
+            do = "make one adapter of it first, gw.combine, and save that"
+            raise GraftError(
+                f"save {name} as {format!r}", "several adapters, of which graftwork's own files hold a recipe", do
+            )
+        return save_recipe(model, e, folder, resume)
     if format == OWN and not as_lora:
         return save_own(model, name, folder, resume)
     asked = f"save {name!r} as {format!r}"

@@ -12,6 +12,7 @@ import contextlib
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -49,6 +50,32 @@ def write_adapter(folder: Path, tensors: bytes, hashed: Digest, described: Calla
                 "free space there, or choose a folder that can be written",
             ) from error
         raise
+
+
+def new_folder(out: str | Path) -> Path:
+    """The folder. GraftError where something is there, except for an empty folder."""
+    folder = Path(out).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise GraftError(f"write to {str(out)!r}", "something is there", "give a new or empty folder")
+    return folder
+
+
+def place_folder(out: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a folder beside `out`, which is new or empty, then give it that name. GraftError, with nothing left
+    behind, where that fails."""
+    above = out.resolve().parent
+    try:
+        above.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=above))
+        try:
+            write(temporary)
+            temporary.chmod(0o755)
+            os.replace(temporary, out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        do = "free space there, or choose a folder that can be written"
+        raise GraftError(f"write to {str(out)!r}", f"{error.strerror or error}", do) from error
 
 
 def _replace(folder: Path, tensors: bytes, hashed: Digest, described: Callable[[str], str], card: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def card(adapter: Adapter, description: dict[str, Any]) -> str:
     lines = [
         *_front(adapter, backbone["name"]),
         "",
-        f"# {adapter.name}",
+        f"# {description['name']}",
         "",
         f"An adapter for {of}{kind}, made with graftwork: {description['parameters']:,} trained parameters, "
         f"{percent:.3f}% of the backbone's {size} (its heads and poolers not counted).",
@@ -53,6 +54,15 @@ def card(adapter: Adapter, description: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def of_recipe(expression: str, members: Sequence[tuple[Any, ...]]) -> str:
+    """The card of an expression and its adapters. members: name, methods, parameters."""
+    lines = ["---", "library_name: graftwork", "tags:", "- graftwork", "---", "", f"# {_cell(expression)}", ""]
+    lines += ["Adapters that act together, kept with graftwork, each in its own folder.", ""]
+    lines += ["| adapter | methods | parameters |", "| --- | --- | ---: |"]
+    lines += [f"| {_cell(name)} | `{_cell(methods)}` | {size:,} |" for name, methods, size in members]
+    return "\n".join([*lines, "", "## Use", "", "```python", "import graftwork as gw", "", LOAD, "```", ""])
 
 
 def for_hub(text: str, address: str) -> str:

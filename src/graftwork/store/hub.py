@@ -16,6 +16,7 @@ from ..core.errors import GraftError
 from .atomic import CARD, DESCRIPTION, TENSORS
 from .card import for_hub
 from .read import read
+from .recipe import recipe_in, told_in
 from .refusals import told
 
 SCHEME, DEFAULT = "hub:", "main"
@@ -86,13 +87,16 @@ def locate(where: str | Path) -> Place:
         return Place(Path(where).expanduser())
     asked = address(str(where))
     snapshot = _download(asked, WANTED)
-    path = snapshot / asked.inside
-    if path.is_dir() and not any(path.glob("*.safetensors")):
-        _download(replace(asked, revision=snapshot.name), PICKLED)
+    path, pin = snapshot / asked.inside, replace(asked, revision=snapshot.name)
+    recipe = told_in(path)
+    for name in () if recipe is None else recipe.names:
+        _download(replace(pin, inside=f"{asked.inside}/{name}".lstrip("/")), WANTED)
+    if recipe is None and path.is_dir() and not any(path.glob("*.safetensors")):
+        _download(pin, PICKLED)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         what = repr(asked.inside) if asked.inside else "files of an adapter"
         raise GraftError(f"download {asked}", f"no {what} in the repository", "look at its files on the hub")
-    return Place(path, replace(asked, revision=snapshot.name))
+    return Place(path, pin)
 
 
 def pinned(where: str | Path) -> str:
@@ -127,7 +131,8 @@ def push(
     private: only those whom the owner allows can see a repository that is made now; one that is public is refused.
     revision: the branch to commit to, made where it is missing; None is the main one.  message: that of the commit.
     token: as huggingface_hub takes it; None is the one of the login.
-    Only the adapter's own files are uploaded, no pickles, and an adapter of graftwork's is read whole before.
+    Only the adapter's own files are uploaded, no pickles, and an adapter of graftwork's is read whole before; of a recipe
+    each of its adapters.
     Returns the address with its commit, which gw.load takes.
     Raises GraftError for a folder without an adapter, or a damaged one, and where the hub cannot be reached or refuses;
     the repository is then as it was, at most made and empty.
@@ -150,7 +155,12 @@ def push(
 
 def _files(folder: Path, asked: str) -> dict[str, bytes]:
     """The files to upload by name. GraftError where they are no whole adapter."""
-    if (folder / DESCRIPTION).is_file():
+    if (recipe := recipe_in(folder)) is not None:
+        for name in recipe.names:
+            read(folder / name)
+        inside = [f"{name}/{file}" for name in recipe.names for file in (DESCRIPTION, TENSORS, CARD)]
+        names = [DESCRIPTION, CARD, *inside]
+    elif (folder / DESCRIPTION).is_file():
         read(folder)
         names = [DESCRIPTION, TENSORS, CARD]
     else:

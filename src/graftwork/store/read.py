@@ -17,9 +17,9 @@ from ..core.method import Method
 from ..core.method import from_json as method_from_json
 from . import fingerprint, keys
 from .atomic import DESCRIPTION, TENSORS
-from .save import FORMAT
 from .tensors import reading
 
+RECIPE = 2  # the format of a folder with an expression and several adapters (see `recipe`)
 PICKLE = "a pickle, which can run any code when it is opened"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
@@ -63,18 +63,21 @@ def read_ahead(folder: Path) -> Iterator[Stored]:
     """
     asked = f"load {str(folder)!r}"
     _refuse_others(folder, asked)
-    description = _description(folder, asked)
+    data = description(folder, asked)
+    if data["format"] == RECIPE:
+        found = f"a recipe, {data.get('expression')}, and not one adapter"
+        raise GraftError(asked, found, "load it with gw.load, or make one adapter of it with graftwork compose")
     try:
-        methods = tuple(_method(entry) for entry in description["methods"])
-        labels = description["labels"]
+        methods = tuple(_method(entry) for entry in data["methods"])
+        labels = data["labels"]
         if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
             raise ValueError("the labels are no texts")
-        if not (isinstance(description["name"], str) and isinstance(description["metadata"], dict) and methods):
+        if not (isinstance(data["name"], str) and isinstance(data["metadata"], dict) and methods):
             raise ValueError("name, metadata or methods")
-        digest, aliases = description["sha256"], dict(description["aliases"])
+        digest, aliases = data["sha256"], dict(data["aliases"])
         if not re.fullmatch("[0-9a-f]{64}", digest):
             raise ValueError("sha256 is no hash")
-        backbone = fingerprint.from_json(description["backbone"])
+        backbone = fingerprint.from_json(data["backbone"])
     except GraftError as error:
         raise GraftError(
             f"{asked}: {DESCRIPTION}", str(error), "it was made by another version of graftwork, or altered"
@@ -85,7 +88,7 @@ def read_ahead(folder: Path) -> Iterator[Stored]:
     labels = None if labels is None else tuple(labels)
     with reading(folder, digest, asked) as named:
         tensors = _sorted(named, aliases, len(methods), asked)
-        yield Stored(description["name"], methods, tensors, labels, backbone, description["metadata"])
+        yield Stored(data["name"], methods, tensors, labels, backbone, data["metadata"])
 
 
 def _refuse_others(folder: Path, asked: str) -> None:
@@ -109,7 +112,8 @@ def _refuse_others(folder: Path, asked: str) -> None:
         raise GraftError(asked, found, do)
 
 
-def _description(folder: Path, asked: str) -> dict[str, Any]:
+def description(folder: Path, asked: str) -> dict[str, Any]:
+    """What adapter.json says, of a format that is known. GraftError where there is none such."""
     asked = f"{asked}: {DESCRIPTION}"
     try:
         data = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
@@ -120,8 +124,8 @@ def _description(folder: Path, asked: str) -> dict[str, Any]:
     version = data.get("format") if isinstance(data, dict) else None
     if not isinstance(version, int) or isinstance(version, bool):
         raise GraftError(asked, "no format version: it is no adapter of graftwork", "give a folder of gw.save")
-    if version > FORMAT:
-        raise GraftError(asked, f"format {version}; this version reads up to {FORMAT}", "install a newer graftwork")
+    if version > RECIPE:
+        raise GraftError(asked, f"format {version}; this version reads up to {RECIPE}", "install a newer graftwork")
     if version < 1:
         raise GraftError(asked, f"format {version}", "restore the file")
     return data

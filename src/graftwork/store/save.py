@@ -22,14 +22,15 @@ from .fingerprint import fingerprint
 from .finite import finite
 from .tensors import NAMES, written
 
-FORMAT = 1
+FORMAT = 1  # of one adapter; 2 is a recipe
 
 
-def save(model: nn.Module, name: str, folder: str | Path, resume: bool = False) -> Path:
+def save(model: nn.Module, name: str, folder: str | Path, resume: bool = False, called: str | None = None) -> Path:
     """Write the adapter `name` of `model` into `folder`: its tensors, adapter.json and README.md. Returns the folder.
 
     folder: made where it is missing; an adapter in it is replaced, other files stay.
     resume: keep all that training needs to go on (the unfolded form, the state of schedules), not only what is used.
+    called: its name in the file, None: the one that it has.
     Atomic: until the new files are whole on the disk, the old ones stay; after any failure they still do.
     Raises GraftError for an unknown adapter, values that are not finite or not here (meta device, sharded), metadata
     that JSON cannot hold, and a folder that cannot be written.
@@ -44,7 +45,7 @@ def save(model: nn.Module, name: str, folder: str | Path, resume: bool = False) 
     hashed = Digest(data)
     description = {
         "format": FORMAT,
-        "name": adapter.name,
+        "name": called or adapter.name,
         "methods": methods,
         "parameters": adapter.num_parameters,
         "labels": None if adapter.labels is None else list(adapter.labels),
@@ -52,7 +53,7 @@ def save(model: nn.Module, name: str, folder: str | Path, resume: bool = False) 
         "sha256": "",  # still being taken
         "aliases": aliases,
         "backbone": fingerprint(model).to_json(),
-        "versions": _versions(),
+        "versions": versions(),
         "metadata": _plain(adapter.metadata, "metadata"),
     }
 
@@ -121,7 +122,8 @@ def _once(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]
     return stored, aliases
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what was at work when a file was written."""
     known = {"graftwork": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
     for library in ("torch", "transformers", "safetensors"):
         if library in sys.modules:

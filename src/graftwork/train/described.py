@@ -11,6 +11,7 @@ from typing import Any
 
 from ..core.errors import GraftError
 from ..store.hub import locate
+from ..store.recipe import leading
 
 FILE = "adapter.json"
 
@@ -28,8 +29,9 @@ class Description:
 
 
 def metadata_of(folder: str | Path) -> dict[str, Any]:
-    """What adapter.json says. GraftError where there is none, or it cannot be read."""
-    path = locate(folder).path / FILE
+    """What adapter.json says; of a recipe, that of the adapter that speaks for it. GraftError where there is none, or it
+    cannot be read."""
+    path = leading(locate(folder).path) / FILE
     asked = f"the adapter {str(folder)!r}"
     if not path.is_file():
         do = "give the folder that graftwork train wrote, or graftwork import that of another library first"

@@ -1,14 +1,11 @@
-"""The folder a job writes to: looked at before the job, filled in one move."""
+"""The folder a job writes to, looked at before the job, and what its errors mean."""
 
 from __future__ import annotations
 
 import errno
-import os
 import resource
-import shutil
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -45,23 +42,6 @@ def check_folder(out: Path, settings: TrainSettings) -> None:
         raise GraftError(
             f"write to {str(out)!r}", f"a folder with {', '.join(foreign[:3])}", "give a new or empty folder"
         )
-
-
-def place_folder(out: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a folder beside `out`, then give it that name. GraftError, with nothing left behind, where
-    that fails."""
-    above = out.resolve().parent
-    try:
-        above.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=above))
-        try:
-            write(temporary)
-            temporary.chmod(0o755)
-            os.replace(temporary, out)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    except OSError as error:
-        raise storage_error(out, error) from error
 
 
 def storage_error(out: Path, error: OSError | RuntimeError) -> GraftError:

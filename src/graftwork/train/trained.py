@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,17 +15,16 @@ from transformers import TrainingArguments
 
 from .. import combinators, methods  # noqa: F401  (they register the names that a file uses)
 from ..core.adapter import Adapter
-from ..core.algebra import Beside, Rows
+from ..core.algebra import A
 from ..core.errors import GraftError
 from ..core.graft import activate
-from ..core.grammar import parse
 from ..core.merge import forget, merge
 from ..core.moments import context
-from ..formats import load
 from ..store.hub import locate
 from . import backbone, tasks
 from .described import metadata_of
 from .row_tasks import marked, names_in
+from .several import Named, by_name, load_named, over, whole
 from .tasks import Task, Tokens
 from .trainer import GraftTrainer
 
@@ -185,42 +184,33 @@ def open_trained(
     more: folders of other adapters of the same backbone, which `expression` may name, each as its folder is called.
     expression: what is active, e.g. "0.5*sst2 + 0.5*imdb"; None is the adapter of `folder`, whose task is the model's.
     """
-    first, *others = found = [locate(place) for place in (folder, *more)]
-    _check([place.name for place in found], expression)
-    folder = str(first)
+    places = [locate(place) for place in (folder, *more)]
+    if len(places) > 1 and expression is None:
+        raise GraftError("several adapters", "no expression says what is active", "add --adapter 'a >> b'")
+    folders = by_name(places)
+    e = A(places[0].name) if expression is None else over(expression, folders)
+    trained, named = open_named(folders, name)
+    activate(trained.model, whole(e, named))
+    return trained
+
+
+def open_named(folders: Mapping[str, str], name: str | None = None) -> tuple[Trained, dict[str, Named]]:
+    """The backbone of the first of these folders with all of their adapters, and what was loaded by name. name: as above."""
+    first, folder = next(iter(folders.items()))
     metadata = metadata_of(folder).get("metadata", {})
     if "task" not in metadata:
-        raise GraftError(
-            f"the adapter {str(folder)!r}",
-            "no task in adapter.json",
-            "only adapters of graftwork train have one; use gw.load",
-        )
+        do = "only adapters of graftwork train have one; use gw.load"
+        raise GraftError(f"the adapter {folder!r}", "no task in adapter.json", do)
     task = tasks.from_json(metadata["task"])
-    source = name or metadata["backbone"]
     try:
-        loaded = backbone.load(source, task)
+        loaded = backbone.load(name or metadata["backbone"], task)
     except GraftError as error:
         if name is None:
             raise GraftError(error.asked, error.found, "name the backbone with --backbone") from error
         raise
-    for other in others:
-        load(loaded.model, str(other), other.name)
-    adapter = load(loaded.model, folder, None if expression is None else first.name)
-    if expression is not None:
-        activate(loaded.model, expression)
+    named = load_named(loaded.model, folders)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Trained(loaded.model.to(device).eval(), adapter, task, loaded.processor)
-
-
-def _check(names: Sequence[str], expression: str | None) -> None:
-    """GraftError where several adapters cannot be told apart, or the expression has not one output for every row."""
-    if len(names) > 1 and expression is None:
-        raise GraftError("several adapters", "no expression says what is active", "add --adapter 'a >> b'")
-    if len(set(names)) < len(names):
-        raise GraftError("several adapters", f"folders of one name: {', '.join(names)}", "call each folder otherwise")
-    if expression is not None and expression not in names and isinstance(parse(expression), Rows | Beside):
-        do = "give one expression for all rows; rows and branches are for Python (gw.rows, a | b)"
-        raise GraftError(f"the adapter {expression!r}", "one for each row or output", do)
+    return Trained(loaded.model.to(device).eval(), named[first].adapter, task, loaded.processor), named
 
 
 def rows_of(

@@ -46,6 +46,14 @@ class Change:
             return spectrum.of_factors(*self.thin)
         return spectrum.of_matrix(self.dense)
 
+    @property
+    def too_large(self) -> bool:
+        """Whether it is a dense one whose factors would be larger than itself."""
+        if self.matrix is None:
+            return False
+        d_out, d_in = self.matrix.shape[-2:]
+        return self.spectrum.needed * (d_out + d_in) > d_out * d_in
+
     def inner(self, other: Change) -> float:
         """The sum of the products of their entries; of thin ones by the factors: <B A, D C> = <B^T D, A C^T>."""
         if self.thin is not None and other.thin is not None:

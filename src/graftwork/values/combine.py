@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter
+from ..core.algebra import Expr
 from ..core.errors import GraftError
-from ..core.graft import check_name, find
+from ..core.graft import check_name
 from ..core.install import check_free
 from ..core.root import body_of
 from ..core.site import Site
@@ -21,15 +22,16 @@ from . import factors, rules
 from .change import Change, weighted_sum
 from .heads import summed_values
 from .hold import Composed, Piece, cut, hold, piece
-from .options import DENSITY, Options, check_options, check_weights, spelled
+from .options import DENSITY, Options, check_options, spelled
 from .places import Place, places
+from .terms import terms
 
 
 @torch.no_grad()
 def combine(
     model: nn.Module,
     name: str,
-    weights: Mapping[str, float],
+    of: Mapping[str, float] | Expr | str,
     how: str = "cat",
     *,
     r: int | None = None,
@@ -42,7 +44,8 @@ def combine(
 ) -> Composed:
     """A new adapter `name`, a plain LoRA, out of adapters that are on `model` and change weights. It becomes the active one.
 
-    weights: w_e by the adapter's name, of any sign.  how, with T the change of one weight that the result stands for:
+    of: w_e by the adapter's name, of any sign, or an expression that is such a sum: "0.5*a + 0.5*b", "mean(a, b) - c", also of
+    stacks, "de >> ner", and of drop(a, ...).  how, with T the change of one weight that the result stands for:
         "cat"              T = sum_e w_e dW_e, exact; its rank is the sum of the ranks
         "svd"              the same T, cut at rank r
         "linear"           B A of A = sum_e sign(w_e) sqrt|w_e s_e| A_e, B = sum_e sqrt|w_e s_e| B_e: LoRAs of equal rank
@@ -58,19 +61,20 @@ def combine(
     majority: "total", "frequency" or "unweighted" (see `rules.elect`).  scope: density of each "site" (default) or of the
     whole "adapter".  seed: of the draws (0).
     head: the adapter whose own head is kept; None: heads are summed like all else, V = V_0 + sum_e w_e (V_e - V_0).
-    Biases and norms are summed with the weights, whatever the rule. Labels and metadata are kept where all inputs agree.
+    Biases and norms are summed with the weights, whatever the rule. Of a stack the last head counts.
+    Labels and metadata are kept where all inputs agree.
     Returns the adapter and the error of every site. Raises GraftError, with the model as it was, for an unknown adapter,
     a weight that is no finite number, a method that changes activations, an option without effect.
     Sources: HF PEFT's add_weighted_adapter; arXiv 2306.01708 (TIES), 2311.03099 (DARE).
     """
-    asked = f"combine {spelled(weights)} by {how!r}"
+    asked = f"combine {spelled(of)} by {how!r}"
     options = Options(r, energy, density, majority, scope, seed)
     body = body_of(model)
     check_free(model, body)
     check_name(model, name)
-    check_weights(weights, asked)
+    parts = terms(model, of, asked)
+    weights, adapters = {n: w for n, (w, _) in parts.items()}, [adapter for _, adapter in parts.values()]
     check_options(weights, how, options, asked)
-    adapters = [find(model, n) for n in weights]
     found = places(adapters, body, asked)
     values = summed_values(found.whole, weights, head, adapters, asked)
     shifts = {}
@@ -79,7 +83,7 @@ def combine(
         shifts[place.site.path, place.param] = (place.site, total)
     pieces = _pieces(found.matrices, adapters, weights, how, options, asked)
     recipe = {"of": dict(weights), "how": how, **{k: v for k, v in vars(options).items() if v is not None}}
-    owner = None if head is None else find(model, head)
+    owner = None if head is None else parts[head][1]
     return hold(model, body, name, pieces, shifts, values, adapters, owner, recipe=recipe)  # type: ignore[arg-type]
 
 
@@ -95,12 +99,17 @@ def _pieces(
     if how in ("linear", "linear_b"):
         return [factors.merged(place, weights, how, asked) for place in matrices]
     pruned = _pruned(matrices, how, options) if options.scope == "adapter" else {}
-    out = []
+    out: list[Piece] = []
+    large: list[tuple[Site, int, float]] = []
     for place in matrices:
         changes = {n: place.change(n) for n in weights if n in place.chains}
         wanted = _wanted(place.site, changes, weights, how, options, pruned)
         if how == "cat":
-            out.append(_whole(place.site, wanted, asked))
+            whole = _whole(place.site, wanted)
+            if whole is None:
+                large.append((place.site, wanted.spectrum.needed, (1 - wanted.spectrum.energy(16)) ** 0.5))
+            else:
+                out.append(whole)
             continue
         rank = options.r
         ranks = [change.r for change in changes.values()]
@@ -110,22 +119,26 @@ def _pieces(
                 raise GraftError(asked, found, "say how much to keep: r=16, or energy=0.99")
             rank = max(n for n in ranks if n is not None)
         out.append(cut(place.site, wanted, rank, options.energy))
+    if large:
+        raise _too_large(large, len(matrices), asked)
     return out
 
 
-def _whole(site: Site, wanted: Change, asked: str) -> Piece:
-    """All of it: the factors as they are, or by singular values where they would be larger than the weight."""
-    (d_out, d_in), needed = site.weight.shape[-2:], wanted.r
-    if wanted.thin is not None and needed is not None and needed <= min(d_out, d_in):
+def _whole(site: Site, wanted: Change) -> Piece | None:
+    """All of it: the factors as they are, or by singular values where they would be larger than the weight; None: so are these."""
+    if wanted.thin is not None and wanted.thin[0].shape[-2] <= min(site.weight.shape[-2:]):
         return piece(site, wanted, *wanted.thin)
-    needed = wanted.spectrum.needed
-    if wanted.thin is None and needed * (d_out + d_in) > d_out * d_in:
-        found = f"the update at {site.key} [{d_out}, {d_in}] has rank {needed}, as LoRA larger than the weight"
-        energy = wanted.spectrum.energy(16)
-        kept = f"keeps {energy:.1%} of it there (error {(1 - energy) ** 0.5:.3f})"
-        do = f"cut it: how='svd', r=16 (--how svd --rank 16) {kept}"
-        raise GraftError(asked, found, do)
-    return cut(site, wanted)
+    return None if wanted.too_large else cut(site, wanted)
+
+
+def _too_large(large: list[tuple[Site, int, float]], n: int, asked: str) -> GraftError:
+    """What a cut at rank 16 would lose. large: the weights without an exact LoRA, the ranks of their changes, the errors."""
+    (site, rank, _), errors = large[0], {site.key: error for site, _, error in large}
+    worst, (d_out, d_in) = max(errors, key=errors.__getitem__), site.weight.shape[-2:]
+    found = f"the update at {site.key} [{d_out}, {d_in}] has rank {rank}, as LoRA larger than the weight"
+    found += f", and so at {len(large)} of {n} weights" if len(large) > 1 else ""
+    lost = f"leaves an error of {sum(errors.values()) / len(large):.3f} on average, {errors[worst]:.3f} at {worst}"
+    return GraftError(asked, found, f"cut it: how='svd', r=16 (--how svd --rank 16) {lost}")
 
 
 def _wanted(

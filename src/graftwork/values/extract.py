@@ -20,6 +20,7 @@ from ..core.site import Site
 from ..core.where import select
 from .change import Change
 from .hold import Composed, Piece, cut, hold
+from .options import is_rank, is_share
 from .places import site_of
 
 
@@ -50,10 +51,12 @@ def extract(
     body = body_of(base)
     check_free(base, body)
     check_name(base, name)
-    if r is not None and (not isinstance(r, int) or r < 1):
+    if r is not None and not is_rank(r):
         raise GraftError(asked, f"r={r!r}", "give a whole number from 1 on")
-    if energy is not None and not 0 < energy <= 1:
+    if energy is not None and not is_share(energy):
         raise GraftError(asked, f"energy={energy!r}", "give a share: above 0, at most 1")
+    if not isinstance(tuned, nn.Module | Mapping):
+        raise GraftError(asked, f"{tuned!r}", "give the tuned model, or its state dict")
     changed = _changed(body, tuned, asked)
     pieces = _pieces(body, changed, at, r, energy)
     held = {(piece.site.path, piece.site.param) for piece in pieces}
@@ -125,7 +128,12 @@ def _changed(body: Body, tuned: nn.Module | Mapping[str, Tensor], asked: str) ->
         raise GraftError(asked, f"{side} {names[0]!r}, and {len(names) - 1} more", do)
     out = {}
     for n, p in body.parameters.items():
-        new = there[n].detach()
+        new = there[n]
+        if not isinstance(new, Tensor):
+            raise GraftError(
+                asked, f"{n!r}: {type(new).__name__}, no tensor", "give the tuned model, or its state dict"
+            )
+        new = new.detach()
         if new.shape != p.shape:
             raise GraftError(asked, f"{n!r}: {list(p.shape)} in the base, {list(new.shape)} in the tuned one", do)
         if new.is_meta or p.is_meta:

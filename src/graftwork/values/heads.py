@@ -30,7 +30,7 @@ def summed_values(
         raise GraftError(asked, f"heads for different labels ({said})", f"keep one adapter's own: head={min(labels)!r}")
     out: dict[str, tuple[Site, dict[str, Tensor]]] = {}
     for place in whole:
-        given = {n: chain[0].adapted(place.param, None) for n, chain in place.chains.items()}
+        given = {n: chain[-1].adapted(place.param, None) for n, chain in place.chains.items()}
         known = {n: v.detach().to("cpu", torch.float64) for n, v in given.items() if v is not None}
         base = place.stored
         base = None if base is None else base.to("cpu", torch.float64)

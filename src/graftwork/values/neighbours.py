@@ -15,6 +15,7 @@ from ..methods.weight.full import Full
 from ..methods.weight.lora import LoRA
 from ..store.atomic import DESCRIPTION
 from ..store.read import Stored, read
+from ..store.recipe import recipe_in
 from .change import Change
 
 
@@ -31,7 +32,8 @@ class Neighbour:
 
 
 def neighbours(folder: str | Path, among: str | Path) -> list[Neighbour]:
-    """The adapters in the folders directly below `among`, most alike first; `folder` itself is left out.
+    """The adapters in the folders directly below `among`, most alike first; `folder` itself is left out,
+    and so are recipes.
 
     By numbers: LoRAs of one backbone by their changes dW, whatever their ranks; others by their tensors, where method,
     sites and shapes are the same. Heads are left out. By words: tf-idf over names, labels and metadata.
@@ -44,7 +46,8 @@ def neighbours(folder: str | Path, among: str | Path) -> list[Neighbour]:
         raise GraftError(
             f"adapters like {str(folder)!r} in {str(among)!r}", "no such folder", "give a folder of adapters"
         )
-    others = sorted(p.parent for p in below.glob(f"*/{DESCRIPTION}") if p.parent.resolve() != own.resolve())
+    folders = sorted(p.parent for p in below.glob(f"*/{DESCRIPTION}") if p.parent.resolve() != own.resolve())
+    others = [folder for folder in folders if recipe_in(folder) is None]
     if not others:
         raise GraftError(f"adapters like {str(folder)!r} in {str(among)!r}", "none", "give a folder of adapter folders")
     stored = [read(path) for path in (own, *others)]

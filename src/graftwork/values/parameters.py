@@ -41,8 +41,8 @@ def average(model: nn.Module, name: str, of: Sequence[str] | Mapping[str, float]
     Raises GraftError, with the model as it was, where methods, sites, shapes or head labels differ.
     """
     weights = of if isinstance(of, Mapping) else _uniform(of, name)
+    weights = check_weights(weights, f"average {spelled(weights)}")
     asked = f"average {', '.join(weights)}"
-    check_weights(weights, asked)
     if min(weights.values()) < 0 or not sum(weights.values()):
         raise GraftError(
             asked, f"the weights {list(weights.values())}", "give at least 0, not all 0; see gw.arithmetic"
@@ -67,7 +67,7 @@ def arithmetic(model: nn.Module, name: str, weights: Mapping[str, float]) -> Ada
     proportional to none of its tensors.  Source: arXiv 2306.14870; hkust-nlp/PEM_composition.
     """
     asked = f"add {spelled(weights)}"
-    check_weights(weights, asked)
+    weights = check_weights(weights, asked)
 
     def total(values: list[Tensor], start: Tensor | None, whole: bool) -> Tensor:
         pairs = list(zip(weights.values(), values, strict=True))
@@ -86,7 +86,7 @@ def scale(model: nn.Module, name: str, of: str, factor: float) -> Adapter:
     rounding of 2 - l.
     """
     asked = f"scale {of!r} by {factor}"
-    check_weights({of: factor}, asked)
+    factor = check_weights({of: factor}, asked)[of]
 
     def times(values: list[Tensor], start: Tensor | None, whole: bool) -> Tensor:
         (t,) = values
@@ -96,7 +96,7 @@ def scale(model: nn.Module, name: str, of: str, factor: float) -> Adapter:
 
 
 def _uniform(names: Sequence[str], name: str) -> dict[str, float]:
-    if isinstance(names, str) or not names:
+    if isinstance(names, str) or not names or not all(isinstance(n, str) for n in names):
         raise GraftError(f"average {names!r} as {name!r}", "not a list of adapters", "give their names, ['a', 'b']")
     if len(set(names)) < len(names):
         raise GraftError(f"average {', '.join(names)}", "an adapter stands in it twice", "give it a weight instead")
@@ -174,6 +174,8 @@ def check_alike(adapters: Sequence[Adapter], asked: str) -> None:
     """GraftError unless all have the same methods, sites, shapes and labels."""
     first = adapters[0]
     do = "use gw.combine, which works on what adapters do to the weights"
+    if not all(method.mergeable for adapter in adapters for method in adapter.methods):
+        do = "adapters that differ can run together, gw.activate(model, '0.5*a + 0.5*b'), and be kept so by gw.save"
     for other in adapters[1:]:
         here, there = ([replace(m, at=first.methods[0].at, layers=None) for m in a.methods] for a in (first, other))
         if here != there:

@@ -51,8 +51,11 @@ class Place:
         assert stored is not None
         start = _plain(torch.zeros_like(stored) if all(delta.additive for delta in chain) else stored)
         new = adapted(chain, self.param, start)
-        if new is None or new.shape != start.shape:
-            raise GraftError(f"the change of {self.site.key} by {name!r}", "another shape", "leave its head out")
+        assert new is not None
+        if new.shape != start.shape:
+            found = f"{list(new.shape)} in the place of {list(start.shape)} at {self.site.key}"
+            do = "LoRA holds updates of matrices that keep their shape"
+            raise GraftError(f"the change of a weight by {name!r}", found, do)
         return Change(matrix=self.site.weight.dense(new - start))
 
     def shift(self, name: str) -> Tensor:
@@ -69,7 +72,7 @@ class Place:
 class Places:
     """Where some adapters act: on matrices, on vectors (biases, gains), and on modules whose values they replace.
 
-    whole: those that every adapter which acts there trains as they are (`full`): heads, above all; chains of one delta.
+    whole: those that every adapter which acts there trains as they are (`full`): heads, above all; the last of a chain counts.
     """
 
     matrices: list[Place]
@@ -77,21 +80,36 @@ class Places:
     whole: list[Place]
 
 
-def places(adapters: Sequence[Adapter], body: Body, asked: str) -> Places:
-    """GraftError where a method changes activations: then there is no dW; and for a backbone without values."""
-    chains: dict[tuple[str, str], dict[str, list[WeightDelta]]] = {}
-    sites: dict[str, list[Site]] = {}
+Chains = dict[tuple[str, str], dict[str, list[WeightDelta]]]
+TOGETHER = (
+    "average adapters of one method (gw.average, --how average); others run together: gw.activate, compose --recipe"
+)
+
+
+def chains_of(adapters: Sequence[Adapter], asked: str, do: str = TOGETHER) -> Chains:
+    """Each adapter's deltas, first applied first, by (module path, parameter) and the adapter's name.
+
+    GraftError where a method changes activations: then there is no dW. do: what it says then.
+    """
+    chains: Chains = {}
     for adapter in adapters:
         for part in adapter.parts:
             for site in part.sites:
                 delta = part.deltas[site.key]
                 if not (isinstance(delta, WeightDelta) and part.method.mergeable and delta_mergeable(delta)):
-                    found = f"{part.method.name} at {site.key} of {adapter.name!r} changes activations, not a weight"
-                    do = "adapters of one method can be averaged (gw.average, --how average), others only run together"
+                    found = f"{part.method.name} at {site.key} changes activations, not a weight (in {adapter.name!r})"
                     raise GraftError(asked, found, do)
-                sites.setdefault(site.path, []).append(site)
                 for param in delta.names():
                     chains.setdefault((site.path, param), {}).setdefault(adapter.name, []).append(delta)
+    return chains
+
+
+def places(adapters: Sequence[Adapter], body: Body, asked: str) -> Places:
+    """GraftError as `chains_of`; and for a backbone without values."""
+    chains = chains_of(adapters, asked)
+    sites: dict[str, list[Site]] = {}
+    for site in (site for adapter in adapters for site in adapter.sites):
+        sites.setdefault(site.path, []).append(site)
     whole = _whole(chains)
     found_places = Places([], [], [])
     for (path, param), by_name in chains.items():
@@ -107,10 +125,10 @@ def places(adapters: Sequence[Adapter], body: Body, asked: str) -> Places:
     return found_places
 
 
-def _whole(chains: dict[tuple[str, str], dict[str, list[WeightDelta]]]) -> set[str]:
+def _whole(chains: Chains) -> set[str]:
     paths = {path for path, _ in chains}
     for (path, _), by_name in chains.items():
-        if not all(len(chain) == 1 and isinstance(chain[0], Values) for chain in by_name.values()):
+        if not all(isinstance(delta, Values) for chain in by_name.values() for delta in chain):
             paths.discard(path)
     return paths
 

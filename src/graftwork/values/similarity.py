@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..core.algebra import Expr
 from ..core.errors import GraftError
-from ..core.graft import find
 from ..core.root import body_of
+from .change import weighted_sum
 from .places import places
+from .terms import terms
 
 
 @dataclass(frozen=True)
@@ -23,34 +25,35 @@ class Similarity:
 
 
 @torch.no_grad()
-def similarity(model: nn.Module, a: str, b: str) -> Similarity:
+def similarity(model: nn.Module, a: str | Expr, b: str | Expr) -> Similarity:
     """cos(a, b) = sum_sites <dW_a, dW_b> / (|dW_a| |dW_b|), Frobenius; heads are left out.
 
+    a, b: adapters, or expressions that are one change of each weight, as `combine` takes them.
     Of LoRAs by the factors: <B A, D C> = <B^T D, A C^T>; it does not depend on how dW is factored.
     Raises GraftError for methods that change activations.
     """
-    asked = f"the similarity of {a!r} and {b!r}"
-    pair = [find(model, n) for n in dict.fromkeys((a, b))]
-    found = places(pair, body_of(model), asked)
-    inner, size, sites = 0.0, {a: 0.0, b: 0.0}, {}
+    asked = f"the similarity of {str(a)!r} and {str(b)!r}"
+    pair = [terms(model, e, asked) for e in (a, b)]
+    found = places([adapter for _, adapter in (pair[0] | pair[1]).values()], body_of(model), asked)
+    inner, size, sites = 0.0, [0.0, 0.0], {}
     for place in found.matrices:
-        changes = {n: place.change(n) for n in place.chains}
-        squares = {n: change.inner(change) for n, change in changes.items()}
-        for n, square in squares.items():
-            size[n] += square
-        if a in changes and b in changes:
-            product = changes[a].inner(changes[b])
+        mine = [[(w, place.change(n)) for n, (w, _) in one.items() if n in place.chains] for one in pair]
+        changes = [weighted_sum(some) if some else None for some in mine]
+        squares = [0.0 if change is None else change.inner(change) for change in changes]
+        size = [whole + square for whole, square in zip(size, squares, strict=True)]
+        if changes[0] is not None and changes[1] is not None:
+            product = changes[0].inner(changes[1])
             inner += product
-            sites[place.site.key] = _cosine(product, squares[a], squares[b])
+            sites[place.site.key] = _cosine(product, *squares)
     for place in found.vectors:
-        shifts: dict[str, Tensor] = {n: place.shift(n) for n in place.chains}
-        for n, shift in shifts.items():
-            size[n] += float(shift.square().sum())
-        if a in shifts and b in shifts:
-            inner += float((shifts[a] * shifts[b]).sum())
+        shifts = [[w * place.shift(n) for n, (w, _) in one.items() if n in place.chains] for one in pair]
+        totals: list[Tensor | None] = [torch.stack(some).sum(0) if some else None for some in shifts]
+        size = [whole + (0.0 if t is None else float(t.square().sum())) for whole, t in zip(size, totals, strict=True)]
+        if totals[0] is not None and totals[1] is not None:
+            inner += float((totals[0] * totals[1]).sum())
     if not found.matrices and not found.vectors:
         raise GraftError(asked, "nothing but heads", "compare adapters that change the backbone")
-    return Similarity(_cosine(inner, size[a], size[b]), sites)
+    return Similarity(_cosine(inner, *size), sites)
 
 
 def _cosine(inner: float, square_a: float, square_b: float) -> float:

@@ -14,7 +14,7 @@ from ..core.install import check_free
 from ..core.root import body_of
 from .change import Change
 from .hold import Composed, cut, hold
-from .options import check_weights
+from .options import check_weights, is_rank
 from .places import places
 
 
@@ -38,7 +38,7 @@ def subtract(
     check_weights({anti: alpha}, asked)
     if expert == anti:
         raise GraftError(asked, "the same adapter", "name two")
-    if r is not None and (not isinstance(r, int) or r < 1):
+    if r is not None and not is_rank(r):
         raise GraftError(asked, f"r={r!r}", "give a whole number from 1 on")
     adapters = [find(model, expert), find(model, anti)]
     found, own = places(adapters, body, asked), places(adapters[:1], body, asked)

@@ -10,12 +10,13 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ...core.errors import GraftError
-from ...core.graft import remove
+from ...core.graft import activate, active, adapters, remove
 from ...core.install import base_parameters
 from ...store.atomic import DESCRIPTION
 from ...store.finite import finite
 from ...store.hub import locate
 from ...store.read import PICKLES
+from ...store.recipe import Recipe, load_recipe, recipe_in
 from ..files import tensors_of
 from ..registry import OWN, load, recognise
 from . import adapterhub, own, peft
@@ -45,6 +46,12 @@ def check(where: str | Path, model: nn.Module | None = None) -> Report:
     report.place = str(place.origin or where)
     if not place.path.exists():
         return _failed(report, GraftError("", "no such folder or file", "look at the path"))
+    try:
+        recipe = recipe_in(place.path)
+    except GraftError as error:
+        return _failed(report, error)
+    if recipe is not None:
+        return _recipe(report, recipe, model)
     _look(report, place.path)
     if model is not None:
         _try(report, place.path, model)
@@ -56,6 +63,24 @@ def check(where: str | Path, model: nn.Module | None = None) -> Report:
 def _failed(report: Report, error: GraftError) -> Report:
     report.said.problems.append(error.found)
     report.loads = False
+    return report
+
+
+def _recipe(report: Report, recipe: Recipe, model: nn.Module | None) -> Report:
+    """What its adapters hold together, and what is wrong with each; and on a backbone, whether they act together."""
+    report.said.notes.append(f"a recipe: {recipe.expression}")
+    for name in recipe.names:
+        report.join(name, check(recipe.folder / name, model))
+    report.files |= {p.name: p.stat().st_size for p in recipe.folder.iterdir() if p.is_file()}
+    if model is not None and report.loads:
+        before, there = active(model), set(adapters(model))
+        try:
+            load_recipe(model, recipe, "check")
+        except GraftError as error:
+            return _failed(report, error)
+        activate(model, before)
+        for name in set(adapters(model)) - there:
+            remove(model, name)
     return report
 
 

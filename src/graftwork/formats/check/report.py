@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -85,6 +85,21 @@ class Report:
         out = asdict(self)
         said = out.pop("said")
         return out | said
+
+    def join(self, name: str, one: Report) -> None:
+        """Add what is known of one adapter of a recipe, by its name."""
+        self.format, self.backbone, self.model, self.share = one.format, one.backbone, one.model, None
+        self.onto = one.onto
+        self.groups += [replace(group, name=f"{name}/{group.name}") for group in one.groups]
+        self.parameters, self.bytes = self.parameters + one.parameters, self.bytes + one.bytes
+        for key in ("ranks", "widths", "layers", "dtypes"):
+            setattr(self, key, sorted({*getattr(self, key), *getattr(one, key)}))
+        self.files |= {f"{name}/{file}": size for file, size in one.files.items()}
+        self.pickles += [f"{name}/{file}" for file in one.pickles]
+        self.finite = one.finite if self.finite is not False else False
+        self.loads = one.loads if self.loads is not False else False
+        for key in ("methods", "problems", "ignored", "notes"):
+            getattr(self.said, key).extend(f"{name}: {text}" for text in getattr(one.said, key))
 
     def measure(self, tensors: Mapping[str, Tensor]) -> None:
         """Fill in what names and shapes tell."""

@@ -13,9 +13,7 @@ from ...core.method import Method
 from ...methods.weight.adalora import AdaLoRA
 from ..config import Config
 from ..pieces import Held, Piece, grouped, shaped
-from ..places import whole_site
 from . import extras
-from .config import targets
 from .family import PREFIX
 from .naming import named
 
@@ -32,12 +30,10 @@ class AdaLora:
 
     def pieces(self, config: Config, body: Body, keys: Collection[str]) -> list[Piece]:
         config.inert("r", "init_lora_weights", "fan_in_fan_out", "megatron_core", "qalora_group_size", "loftq_config")
-        method, kept = self._method(config), extras.saved_modules(config, body)
-        chosen = targets(config, body, kept)
+        method, chosen = self._method(config), extras.adapted(config, body)
         left = self._left(config, method.init_r)
         made = []
-        for path in (path for path in body.modules if path in chosen):
-            site = whole_site(body, path, config.asked)
+        for path, site in chosen.items():
             w, r, key = site.weight, left.get(path, method.init_r), f"{PREFIX}{path}.lora_"
             here = method if w.linear else replace(method, dropout=0.0)
             slots = [

@@ -13,12 +13,14 @@ from torch import Tensor
 from ...core.body import Body
 from ...core.errors import GraftError
 from ...core.method import Method
+from ...core.site import Site
 from ...methods.weight.bitfit import BitFit
 from ...methods.weight.full import Full
 from ...methods.weight.ln_tuning import LNTuning
 from ..config import Config
 from ..pieces import Held, Part, Piece, Spot, grouped, one
 from ..places import owner_sites, whole_site
+from .config import targets
 from .family import PREFIX
 from .naming import covering, ends_in
 
@@ -32,10 +34,16 @@ def saved_modules(config: Config, body: Body) -> list[str]:
     return [path for path in found if not any(ends_in(path, other) for other in found if other != path)]
 
 
-def in_front(config: Config, body: Body, keys: Collection[str], targets: Collection[str], own: str) -> list[Piece]:
+def adapted(config: Config, body: Body) -> dict[str, Site]:
+    """The sites of the modules that the config names, by path, in the backbone's order; those that are saved whole are apart."""
+    chosen = targets(config, body, saved_modules(config, body))
+    return {path: whole_site(body, path, config.asked) for path in body.modules if path in chosen}
+
+
+def in_front(config: Config, body: Body, keys: Collection[str], paths: Collection[str], own: str) -> list[Piece]:
     """Parameters of the backbone that have other values in the file: what the method changes starts from these.
 
-    targets: paths of the adapted modules.  own: the value of `bias` that means the biases of these.
+    paths: of the adapted modules.  own: the value of `bias` that means the biases of these.
     """
     bias = config.take("bias", str, "none")
     if bias not in ("none", "all", own):
@@ -45,8 +53,8 @@ def in_front(config: Config, body: Body, keys: Collection[str], targets: Collect
     for path, module in body.modules.items():
         if any(ends_in(path, one) for one in kept):
             continue
-        base = f"{PREFIX}{path}." + ("base_layer." if path in targets else "")
-        biased = bias == "all" or (bias == own and path in targets)
+        base = f"{PREFIX}{path}." + ("base_layer." if path in paths else "")
+        biased = bias == "all" or (bias == own and path in paths)
         names = tuple(
             name
             for name, p in module._parameters.items()

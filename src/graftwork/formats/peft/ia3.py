@@ -30,13 +30,11 @@ class Ia3:
 
     def pieces(self, config: Config, body: Body, keys: Collection[str]) -> list[Piece]:
         config.inert("init_ia3_weights", "fan_in_fan_out")
-        chosen = targets(config, body, extras.saved_modules(config, body))
         fed = config.names("feedforward_modules")
         whole = isinstance(config.data.get("feedforward_modules"), str)
         inputs = targets(Config({"target_modules": fed[0]}, config.asked), body) if whole else None
         made = []
-        for path in (path for path in body.modules if path in chosen):
-            site = whole_site(body, path, config.asked)
+        for path, site in extras.adapted(config, body).items():
             # a list is matched by the end of the path, wherever it begins
             at_input = path in inputs if inputs is not None else any(path.endswith(name) for name in fed)
             method, w = IA3(side=_side(site, at_input)), site.weight

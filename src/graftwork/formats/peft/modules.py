@@ -12,7 +12,7 @@ from ...methods.weight.full import Full
 from ...methods.weight.ln_tuning import LNTuning
 from ..config import Config
 from ..pieces import Held, Piece, grouped, one, shaped
-from ..places import owner_sites, whole_site
+from ..places import owner_sites
 from . import extras
 from .config import targets
 from .family import PREFIX
@@ -55,14 +55,10 @@ class Beft:
 
     def pieces(self, config: Config, body: Body, keys: Collection[str]) -> list[Piece]:
         config.inert("init_weights", "fan_in_fan_out")
-        chosen = targets(config, body, extras.saved_modules(config, body))
-        made = []
-        for path in (path for path in body.modules if path in chosen):
-            site = whole_site(body, path, config.asked)
+        method, made = BitFit(add_missing=True), []
+        for path, site in extras.adapted(config, body).items():
             d = site.weight.d_out
-            made.append(
-                (BitFit(add_missing=True), [shaped(f"{PREFIX}{path}.beft_bias", site, "shift.bias", (d,), (1, d))])
-            )
+            made.append((method, [shaped(f"{PREFIX}{path}.beft_bias", site, "shift.bias", (d,), (1, d))]))
         return [*grouped(made), *extras.behind(config, body)]
 
     def config(self, held: Held, body: Body) -> dict[str, Any]:

@@ -11,9 +11,7 @@ from ...core.method import Method
 from ...methods.weight.vera import VeRA
 from ..config import Config
 from ..pieces import Held, Piece, grouped, one, shaped
-from ..places import whole_site
 from . import extras
-from .config import targets
 from .family import PREFIX
 from .naming import named
 
@@ -37,10 +35,8 @@ class Vera:
             seed=config.take("projection_prng_key", int, 0),
             save_projection=config.take("save_projection", bool, True),
         )
-        chosen = targets(config, body, extras.saved_modules(config, body))
-        made = []
-        for path in (path for path in body.modules if path in chosen):
-            site = whole_site(body, path, config.asked)
+        chosen, made = extras.adapted(config, body), []
+        for path, site in chosen.items():
             sizes = {"d": ("down_scale", method.r), "b": ("up_scale", site.weight.d_out)}
             key = f"{PREFIX}{path}.vera_lambda_"
             made.append((method, [shaped(key + n, site, name, (size,), (size,)) for n, (name, size) in sizes.items()]))
