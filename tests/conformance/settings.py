@@ -117,6 +117,10 @@ SETTINGS: dict[str, list[Setting]] = {
     ],
     "llama_adapter": [Setting({"length": 3}, identity=True, exact=False, refuses=NOT_ATTENTION)],
     "prompt": [Setting({"length": 3}, identity=False, refuses=f"{LAYERS} encoder vit")],
+    "invertible": [
+        Setting(identity=False, refuses=f"{LAYERS} encoder vit"),
+        Setting({"coupling": "glow", "act": "tanh"}, "glow", False, hosts="bert t5 llama gpt2"),
+    ],
     "ladder": [Setting({"r": 3, "drop": 0}, refuses=LAYERS)],
     "generated": [
         Setting(

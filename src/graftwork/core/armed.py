@@ -95,6 +95,8 @@ class Armed:
     ) -> Any:
         """The outermost call: a pass."""
         runtime, root = self.runtime, self.root
+        if root is not None:
+            root.look(module)
         mask = kwargs.get("attention_mask")
         if root is not None and mask is None and root.mask_at is not None and len(args) > root.mask_at:
             mask = args[root.mask_at]

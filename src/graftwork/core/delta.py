@@ -24,7 +24,8 @@ class Delta(nn.Module):
 
     Override one or more of
         forward(x, y) -> y'                     edit the site's output y [..., d] (channels last), given x (see `source`)
-        enter(x) -> x'                          edit the input of the site's norm (the residual stream of a pre-norm block)
+        enter(x) -> x'                          edit the input of the site's norm (the residual stream of a pre-norm block), or,
+                                                where a sequence is embedded, of the LM head's linear map
         attend(q, k, v, mask, attention)        replace the attention of the site's attention module
         around(base, *args, **kwargs)           the general form: may change inputs, skip the module, or call it twice
 
@@ -66,7 +67,7 @@ class Delta(nn.Module):
         raise NotImplementedError
 
     def enter(self, x: Tensor) -> Tensor:
-        """The norm's input, edited."""
+        """The input of the norm or of the LM head's map, edited."""
         raise NotImplementedError
 
     def around(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

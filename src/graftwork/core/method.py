@@ -30,12 +30,14 @@ class Method:
     identity: the grafted model computes exactly what the backbone does before any training.
     mergeable: the delta can be written into the backbone's weights.
     needs: what must be called around training: "step" (a schedule), "calibrate" (data before training).
+    layered: its sites stand in layers, among which `layers` chooses.
     """
 
     name: ClassVar[str] = ""
     identity: ClassVar[bool] = True
     mergeable: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ()
+    layered: ClassVar[bool] = True
 
     at: str = dataclasses.field(default="", kw_only=True)
     layers: str | None = dataclasses.field(default=None, kw_only=True)
@@ -118,7 +120,7 @@ P = TypeVar("P", bound=Callable[..., Sequence[Method]])
 def preset(name: str) -> Callable[[P], P]:
     """Register a function that returns a list of methods: a published recipe under its own name.
 
-    Every preset also takes `at`, the sites of its first method, and `layers`, the blocks of all its methods.
+    Every preset also takes `at`, the sites of its first method, and `layers`, the blocks of all its methods that stand in blocks.
     """
 
     def register(make: P) -> P:
@@ -129,7 +131,9 @@ def preset(name: str) -> Callable[[P], P]:
             made = list(make(*args, **given))
             if at is not None:
                 made[0] = dataclasses.replace(made[0], at=at)
-            return made if layers is None else [dataclasses.replace(m, layers=layers) for m in made]
+            if layers is None:
+                return made
+            return [dataclasses.replace(m, layers=layers) if m.layered else m for m in made]
 
         explaining = _explaining(placed, [*inspect.signature(make).parameters, "at", "layers"])
         PRESETS[name] = explaining

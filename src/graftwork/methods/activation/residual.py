@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from graftwork.core.delta import Delta
 from graftwork.core.errors import GraftError
+from graftwork.core.grafted import original_class
 from graftwork.core.initial import ones, parameter, uniform, zeros
 from graftwork.core.site import Site
 
@@ -41,7 +41,8 @@ class Branch(Delta):
 
     def __init__(self, position: str, site: Site) -> None:
         super().__init__()
-        self.position, self.twice = position, position == "sum" and _is_norm(site)
+        self.position = position
+        self._norm = site if position == "sum" and _is_norm(site) else None  # behind the residual add
         entry = "entry" if site.entry is not None else "input"
         self.source = {"after": "input", "parallel": entry}.get(position, "norm")
 
@@ -50,13 +51,12 @@ class Branch(Delta):
         raise NotImplementedError
 
     def enter(self, x: Tensor) -> Tensor:
-        """position "before": the norm and the skip both see r + A(r)."""
+        """position "before": the norm and the skip both see r + A(r).  "sum" at a norm: z + A(norm(z)), the norm being passed twice."""
+        if self._norm is not None:
+            norm = self._norm.module
+            return x + self.branch(original_class(type(norm)).forward(norm, x))  # type: ignore[attr-defined]
         self.runtime.state[self, "branch"] = a = self.branch(x)
         return x + a
-
-    def around(self, base: Callable[..., Any], x: Tensor) -> Tensor:
-        """position "sum" at a norm: the norm is passed twice."""
-        return base(x + self.branch(base(x)))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if self.position == "before":
@@ -64,9 +64,9 @@ class Branch(Delta):
         return y + self.branch(y if self.position == "after" else y + x if self.position == "sum" else x)
 
     def overrides(self, function: str) -> bool:
-        if function in ("around", "forward"):
-            return self.twice == (function == "around")
-        return self.position == "before" if function == "enter" else super().overrides(function)
+        if function == "enter":
+            return self.position == "before" or self._norm is not None
+        return self._norm is None if function == "forward" else super().overrides(function)
 
 
 class Residual(Branch):
