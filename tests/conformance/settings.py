@@ -41,6 +41,7 @@ class Setting:
     from_weight: its initial values come from the backbone's weights.
     hosts: only these are tried (None: all).
     lr: of plain SGD, where the loss must fall in a few steps.
+    caches: generation with a key-value cache gives what it gives without one (otherwise it is refused).
     thin: parameters that may get no gradient in a small batch, by a part of their name (an expert that no token chose).
     """
 
@@ -53,6 +54,7 @@ class Setting:
     from_weight: bool = False
     hosts: str | None = None
     thin: tuple[str, ...] = ()
+    caches: bool = True
     lr: float = 0.05
 
 
@@ -133,6 +135,28 @@ SETTINGS: dict[str, list[Setting]] = {
             {"of": REGISTRY["lora"](r=2), "experts": 3},
             hosts=f"linear_square linear_wide conv1d conv2d embedding packed_qkv multihead {MODELS}",
             refuses="conv2d embedding multihead encoder",
+        ),
+    ],
+    "gated": [
+        Setting({"of": REGISTRY["bottleneck"](d=5)}, caches=False, refuses=NOT_ACTIVATIONS),
+        Setting(
+            {"of": REGISTRY["bottleneck"](d=5, position="sum", at="mlp.norm", init="bert"), "tokens": "real"},
+            "sum at norms",
+            hosts="bert",
+        ),
+        # read around the module, its weight is refused with the reason: it differs from example to example
+        Setting(
+            {"of": REGISTRY["lora"](r=2), "init": "uniform"},
+            "lora",
+            caches=False,
+            hosts=f"linear_square linear_wide conv1d conv2d embedding packed_qkv multihead {MODELS}",
+            refuses="conv2d embedding multihead encoder",
+        ),
+        Setting(
+            {"of": REGISTRY["prefix"](length=3, mid=8)}, "prefix", False, caches=False, hosts=f"multihead {MODELS}"
+        ),
+        Setting(
+            {"of": REGISTRY["prefix"](length=3, reparam="mlp", mid=8)}, "mlp", False, caches=False, hosts="bert llama"
         ),
     ],
     "sparse": [

@@ -31,6 +31,7 @@ class Delta(nn.Module):
 
     source: which tensor x is: the "input" of the module that is edited, the sub-layer's "entry", or the input of its "norm".
     itself: it looks at its parameters themselves (their version), so that no other tensors may stand in for them.
+    A delta with an attribute `gate`, None at first, multiplies what it adds by gate(what it reads, runtime) where there is one.
     """
 
     source: str = "input"

@@ -57,6 +57,10 @@ class Method:
         """Trainable parameters shared by all sites, in closed form."""
         return 0
 
+    def reads(self, site: Site) -> int:
+        """Width of what a delta reads at a site: the input of a single weight, otherwise the sub-layer's states."""
+        return site.d if site.width is not None else site.weight.d_in
+
     def step(self, part: Part, progress: float) -> None:
         """A moment of the schedule: after the optimiser's step, gradients still there. progress in [0, 1]."""
 

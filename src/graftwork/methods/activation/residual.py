@@ -42,6 +42,7 @@ class Branch(Delta):
     def __init__(self, position: str, site: Site) -> None:
         super().__init__()
         self.position = position
+        self.gate: nn.Module | None = None
         self._norm = site if position == "sum" and _is_norm(site) else None  # behind the residual add
         entry = "entry" if site.entry is not None else "input"
         self.source = {"after": "input", "parallel": entry}.get(position, "norm")
@@ -50,18 +51,22 @@ class Branch(Delta):
         """A(h): [..., d_in] -> [..., d_out]."""
         raise NotImplementedError
 
+    def gated(self, h: Tensor) -> Tensor:
+        """The branch, times its gate where it has one."""
+        return self.branch(h) if self.gate is None else self.branch(h) * self.gate(h, self.runtime)
+
     def enter(self, x: Tensor) -> Tensor:
         """position "before": the norm and the skip both see r + A(r).  "sum" at a norm: z + A(norm(z)), the norm being passed twice."""
         if self._norm is not None:
             norm = self._norm.module
-            return x + self.branch(original_class(type(norm)).forward(norm, x))  # type: ignore[attr-defined]
-        self.runtime.state[self, "branch"] = a = self.branch(x)
+            return x + self.gated(original_class(type(norm)).forward(norm, x))  # type: ignore[attr-defined]
+        self.runtime.state[self, "branch"] = a = self.gated(x)
         return x + a
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if self.position == "before":
             return y + self.runtime.state.pop((self, "branch"))
-        return y + self.branch(y if self.position == "after" else y + x if self.position == "sum" else x)
+        return y + self.gated(y if self.position == "after" else y + x if self.position == "sum" else x)
 
     def overrides(self, function: str) -> bool:
         if function == "enter":
