@@ -52,6 +52,7 @@ _HOME = {
     "combinators.generated": "Generated HyperFormer temperature",
     "combinators.materialise": "materialise",
     "combinators.sparse": "Sparse",
+    "combinators.adapter_drop": "AdapterDrop",
     "combinators.gated": "Gated UniPELT",
     "combinators.sparse_adapter": "SparseAdapter",
     "combinators.scores": "grasp_loss synflow_loss",

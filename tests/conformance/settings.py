@@ -159,6 +159,12 @@ SETTINGS: dict[str, list[Setting]] = {
             {"of": REGISTRY["prefix"](length=3, reparam="mlp", mid=8)}, "mlp", False, caches=False, hosts="bert llama"
         ),
     ],
+    "adapter_drop": [
+        # of two layers the first has none in half of the passes
+        Setting({"of": REGISTRY["bottleneck"](d=5)}, hosts=MODELS, thin=("0",)),
+        Setting({"of": REGISTRY["lora"](r=2)}, "lora", hosts=MODELS, thin=("0",)),
+        Setting({"of": REGISTRY["prefix"](length=2, reparam="mlp", mid=8)}, "prefix", False, hosts="bert", thin=("0",)),
+    ],
     "sparse": [
         Setting({"of": REGISTRY["bottleneck"](d=6)}, refuses=NOT_ACTIVATIONS),
         Setting({"of": REGISTRY["bottleneck"](d=6, init="houlsby"), "by": "snip"}, "snip", hosts="linear_wide llama"),

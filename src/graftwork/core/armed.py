@@ -117,7 +117,7 @@ class Armed:
         if rows is not None:
             rows.begin(module.training, args, kwargs)
         seen = mask if root is not None or (mask is not None and mask.dim() == 2) else None
-        runtime.begin(seen, kwargs.get("past_key_values"))
+        runtime.begin(seen, kwargs.get("past_key_values"), module.training)
         if root is not None:
             root.begin(module.training)
         runtime.running = True
