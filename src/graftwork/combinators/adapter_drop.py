@@ -32,7 +32,7 @@ class AdapterDrop(Method):
     This is the robust variant: afterwards any n serves, as in gw.activate(model, 'drop(a, layers="0-4")'), and for several tasks
         'drop(a, layers="0-4") | drop(b, layers="0-4")' runs the lowest layers once. The specialised variant, n fixed, is
         `layers` of the method inside (layers="5--1").
-    Stored as the method inside (with resume=True as it is).  Identity and merging as the method inside.
+    Identity and merging as the method inside.
     Sites outside of layers are never dropped.  Parameters: those of the method inside.  Source: section 3.
     """
 
@@ -77,5 +77,6 @@ class AdapterDrop(Method):
         within = Part(self.of, part.sites, part.anatomy)
         within.shared_modules = part.shared_modules
         within.deltas = {key: d.delta for key, d in part.deltas.items() if isinstance(d, Dropped)}
-        method, tensors, shared = self.of.fold(within)
-        return dataclasses.replace(method, at=self.at, layers=self.layers), tensors, shared
+        folded, tensors, shared = self.of.fold(within)
+        own = {key: {f"delta.{name}": t for name, t in given.items()} for key, given in tensors.items()}
+        return dataclasses.replace(self, of=folded), own, shared
