@@ -31,7 +31,6 @@ CASES = [f"{kind}/{folder.name}" for kind in KINDS for folder in sorted((FILES /
 REFUSED = {
     "bert/mtl_lora": "mtl_lora",
     "bert/prompt": "prompt_tuning",
-    "bert/unipelt": "use_gating",
     "bert/residual_of_norm": "residual_before_ln",
     "t5/compacter": "shared_parameters.a.phm_rule",  # which the library itself leaves out of a T5's file
 }
@@ -155,6 +154,10 @@ def test_what_graftwork_lacks_is_refused_by_name(case):
 
 
 NATIVE = [
+    ("bert", gw.MADXLanguage(reduction=4)),
+    ("roberta", gw.MADXLanguage(inv_reduction=4)),
+    ("bert", gw.UniPELT(reduction=4, length=2, mid=4, r=2)),
+    ("llama", gw.UniPELT("pl", length=2, mid=4, r=2)),
     ("bert", gw.Houlsby(d=4, norms=False)),
     ("bert", gw.Pfeiffer(d=4)),
     ("gpt2", gw.Pfeiffer(d=4, norm="none")),
@@ -199,6 +202,9 @@ def test_an_adapter_made_here_goes_there_and_comes_back(kind, methods, tmp_path)
         (gw.LoReFT(r=2, variant="direft"), "loreft and noreft"),
         (gw.Invertible(), "invertible adapter alone"),
         (gw.MADXLanguage(coupling="glow"), "glow"),
+        (gw.Gated(of=gw.LoRA(r=2, alpha=4)), "no config says"),
+        (gw.Gated(of=gw.LoRA(r=2, alpha=2), tokens="real"), "no config says"),
+        (gw.AdapterDrop(of=gw.Bottleneck(d=4, at="mlp")), "no method for adapter_drop"),
         (gw.BitFit(), "no method for bitfit"),
         ([gw.Bottleneck(d=4, at="mlp"), gw.Bottleneck(d=4, act="relu", at="self.attn")], "no config says"),
     ],
@@ -407,7 +413,13 @@ def changed(tmp_path: Path, case: str, **fields) -> Path:
         ("bert/invertible", {"inv_adapter_reduction_factor": 0}, "inv_adapter_reduction_factor"),
         ("bert/invertible", {"inv_adapter_reduction_factor": 4}, "stored|shape"),
         ("bert/invertible", {"inv_adapter": None}, "belong nowhere"),
-        ("bert/lora", {"use_gating": True}, "use_gating"),
+        ("bert/lora", {"use_gating": True}, r"loras\.a\.gate\.weight"),
+        ("bert/prefix", {"use_gating": True}, r"prefix_gates\.a\.weight"),
+        ("bert/prefix", {"use_gating": True, "shared_gating": False}, "shared_gating"),
+        ("bert/ia3", {"use_gating": True}, "use_gating = True at .*ia3"),
+        ("bert/dora", {"use_gating": True}, "use_gating = True at .*dora"),
+        ("bert/compacter", {"use_gating": True}, "use_gating = True at .*phm"),
+        ("bert/invertible", {"use_gating": True}, "use_gating = True at .*invertible"),
         ("bert/lora", {"attn_matrices": ["q", "x"]}, "attn_matrices"),
         ("bert/ia3", {"alpha": 2}, "IA"),
         ("bert/prefix", {"prefix_length": 4}, "shape|length|stored"),
@@ -493,6 +505,7 @@ JUNK = st.sampled_from(
 )
 SOME = (
     "bert/invertible",
+    "bert/unipelt",
     "bert/seq_bn",
     "bert/compacter",
     "bert/lora",

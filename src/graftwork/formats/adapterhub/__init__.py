@@ -21,6 +21,7 @@ from . import heads
 from .bottleneck import Bottlenecks
 from .compacter import Compacters
 from .family import Family
+from .gates import Gates
 from .lora import Loras
 from .names import Names
 from .prefix import Prefixes
@@ -29,7 +30,8 @@ from .writing import configured, held
 
 CONFIG, SAFE, TORCH = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
 OTHERS = ("adapter_setup.json", "adapter_fusion_config.json")
-FAMILIES: tuple[Family, ...] = (Bottlenecks(), Compacters(), Loras(), Prefixes(), Refts())
+PLAIN: tuple[Family, ...] = (Bottlenecks(), Compacters(), Loras(), Prefixes(), Refts())
+FAMILIES: tuple[Family, ...] = (*(Gates(family) for family in PLAIN), *PLAIN)
 # before there were names of their own for each: kinds of adapters, and what they are called now
 LEGACY = {
     "attention_text_task_adapters": "adapters",
