@@ -67,6 +67,7 @@ def train(model: nn.Module, adapter: Any, inputs: dict[str, Tensor], steps: rang
     model.train()
     optimizer = torch.optim.SGD(list(adapter.parameters()), lr=lr)
     for i in steps:
+        torch.manual_seed(i)  # what is drawn in training is that of the step
         (loss(model, inputs) + gw.auxiliary_loss(model)).backward()
         optimizer.step()
         gw.step(model, (i + 1) / of)

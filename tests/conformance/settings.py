@@ -42,6 +42,7 @@ class Setting:
     from_weight: its initial values come from the backbone's weights.
     hosts: only these are tried (None: all).
     lr: of plain SGD, where the loss must fall in a few steps.
+    caches: generation with a key-value cache gives what it gives without one (otherwise it is refused).
     thin: parameters that may get no gradient in a small batch, by a part of their name (an expert that no token chose).
     """
 
@@ -54,6 +55,7 @@ class Setting:
     from_weight: bool = False
     hosts: str | None = None
     thin: tuple[str, ...] = ()
+    caches: bool = True
     lr: float = 0.05
 
 
@@ -126,6 +128,10 @@ SETTINGS: dict[str, list[Setting]] = {
     ],
     "llama_adapter": [Setting({"length": 3}, identity=True, exact=False, refuses=NOT_ATTENTION)],
     "prompt": [Setting({"length": 3}, identity=False, refuses=f"{LAYERS} encoder vit")],
+    "invertible": [
+        Setting(identity=False, refuses=f"{LAYERS} encoder vit"),
+        Setting({"coupling": "glow", "act": "tanh"}, "glow", False, hosts="bert t5 llama gpt2"),
+    ],
     "ladder": [Setting({"r": 3, "drop": 0}, refuses=LAYERS)],
     "generated": [
         Setting(
@@ -139,6 +145,34 @@ SETTINGS: dict[str, list[Setting]] = {
             hosts=f"linear_square linear_wide conv1d conv2d embedding packed_qkv multihead {MODELS}",
             refuses="conv2d embedding multihead encoder",
         ),
+    ],
+    "gated": [
+        Setting({"of": REGISTRY["bottleneck"](d=5)}, caches=False, refuses=NOT_ACTIVATIONS),
+        Setting(
+            {"of": REGISTRY["bottleneck"](d=5, position="sum", at="mlp.norm", init="bert"), "tokens": "real"},
+            "sum at norms",
+            hosts="bert",
+        ),
+        # read around the module, its weight is refused with the reason: it differs from example to example
+        Setting(
+            {"of": REGISTRY["lora"](r=2), "init": "uniform"},
+            "lora",
+            caches=False,
+            hosts=f"linear_square linear_wide conv1d conv2d embedding packed_qkv multihead {MODELS}",
+            refuses="conv2d embedding multihead encoder",
+        ),
+        Setting(
+            {"of": REGISTRY["prefix"](length=3, mid=8)}, "prefix", False, caches=False, hosts=f"multihead {MODELS}"
+        ),
+        Setting(
+            {"of": REGISTRY["prefix"](length=3, reparam="mlp", mid=8)}, "mlp", False, caches=False, hosts="bert llama"
+        ),
+    ],
+    "adapter_drop": [
+        # of two layers the first has none in half of the passes
+        Setting({"of": REGISTRY["bottleneck"](d=5)}, hosts=MODELS, thin=("0",)),
+        Setting({"of": REGISTRY["lora"](r=2)}, "lora", hosts=MODELS, thin=("0",)),
+        Setting({"of": REGISTRY["prefix"](length=2, reparam="mlp", mid=8)}, "prefix", False, hosts="bert", thin=("0",)),
     ],
     "sparse": [
         Setting({"of": REGISTRY["bottleneck"](d=6)}, refuses=NOT_ACTIVATIONS),

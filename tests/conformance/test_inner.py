@@ -32,6 +32,13 @@ NESTED = {
     "mixture(of=generated(of=bottleneck(d=4)), experts=2)": 5,
     "mixture(of=mixture(of=lora(r=2), experts=2), experts=2)": 7,
     "generated(of=mixture(of=lora(r=2), experts=2))": 4,
+    "gated(of=lora(r=2))": 2,
+    "adapter_drop(of=lora(r=2))": 2,
+    "adapter_drop(of=gated(of=bottleneck(d=4)))": 2,
+    "adapter_drop(of=sparse(of=lora(r=4)))": 3,
+    "gated(of=bottleneck(d=4))": 1,
+    "gated(of=sparse(of=lora(r=4)))": 3,
+    "mixture(of=gated(of=lora(r=2)), experts=2)": 5,
 }
 
 

@@ -353,3 +353,29 @@ def test_a_forward_that_somebody_kept_is_the_bare_one_while_nothing_is_active() 
     with gw.using(model, None):
         assert torch.equal(kept(x), bare) and torch.equal(inner(x), bare)
     assert torch.equal(kept(x), adapted)
+
+
+def test_a_host_that_is_wrapped_or_replaced() -> None:
+    """A part that is wrapped (compiled) is still called; one that is replaced is refused with its adapter inside."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x)
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)), torch.randn(2, 4)
+    adapter = gw.graft(model, gw.LoRA(r=2, at="/^0$/"), head=False)
+    next(adapter.deltas()).up.data.normal_()
+    before = model(x)
+    model[0] = Wrapper(model[0])
+    assert torch.equal(model(x), before) and torch.equal(model(x), before)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    gw.graft(model, gw.LoRA(r=2, at="/^0$/"), head=False)
+    model[0] = nn.Linear(4, 4)
+    for _ in range(2):
+        with pytest.raises(GraftError, match="'0' was replaced"):
+            model(x)

@@ -22,6 +22,12 @@ def test_roles_and_lists() -> None:
     assert chosen("llama", "q,q") == chosen("llama", "q")
 
 
+def test_norms_of_a_sublayer() -> None:
+    assert chosen("bert", "mlp.norm", "1") == ["encoder.layer.1.output.LayerNorm"]
+    assert chosen("bert", "attn.norm") == [f"encoder.layer.{i}.attention.output.LayerNorm" for i in range(2)]
+    assert chosen("t5", "decoder.mlp.norm") == [f"decoder.block.{i}.layer.2.layer_norm" for i in range(2)]
+
+
 def test_alternatives_take_the_first_that_finds_all() -> None:
     assert chosen("llama", "expert.up|up,gate|linear") == chosen("llama", "up,gate")
     assert chosen("llama", "up,router|q") == chosen("llama", "q")
@@ -86,6 +92,7 @@ def test_low_rank_pairs_come_once() -> None:
         ("llama", "cross.q", None, ["none; this model has q"]),
         ("llama", "decoder.q", None, ["no tower 'decoder'", "one tower only"]),
         ("t5", "encodr.q", None, ["no tower 'encodr'", "did you mean 'encoder'", "encoder, decoder"]),
+        ("llama", "mlp.q", None, ["no tower 'mlp'"]),
         ("t5", "encoder.cross.q", None, ["decoder.cross.q", "encoder.q"]),
         ("llama", "/nothing/", None, ["no module path matches"]),
         ("llama", "/q_proj", None, ["not closed"]),

@@ -29,10 +29,8 @@ KINDS = ("bert", "roberta", "bart", "gpt2", "llama", "t5", "vit")
 CASES = [f"{kind}/{folder.name}" for kind in KINDS for folder in sorted((FILES / kind).iterdir())]
 # what graftwork has no method for: the word of the config that the error names
 REFUSED = {
-    "bert/invertible": "inv_adapter",
     "bert/mtl_lora": "mtl_lora",
     "bert/prompt": "prompt_tuning",
-    "bert/unipelt": "use_gating",
     "bert/residual_of_norm": "residual_before_ln",
     "t5/compacter": "shared_parameters.a.phm_rule",  # which the library itself leaves out of a T5's file
 }
@@ -44,6 +42,10 @@ FAULTY = {
     "llama/dora_scaled": "leaves alpha / r = 2 out",
     "t5/prefix_flat": "relative positions",
     "t5/prefix_cross": "relative positions",
+    **{
+        f"{kind}/invertible": "the inverse in front of its own LM heads only"
+        for kind in ("bart", "gpt2", "llama", "t5")
+    },
 }
 WARNED = {
     **FAULTY,
@@ -152,6 +154,10 @@ def test_what_graftwork_lacks_is_refused_by_name(case):
 
 
 NATIVE = [
+    ("bert", gw.MADXLanguage(reduction=4)),
+    ("roberta", gw.MADXLanguage(inv_reduction=4)),
+    ("bert", gw.UniPELT(reduction=4, length=2, mid=4, r=2)),
+    ("llama", gw.UniPELT("pl", length=2, mid=4, r=2)),
     ("bert", gw.Houlsby(d=4, norms=False)),
     ("bert", gw.Pfeiffer(d=4)),
     ("gpt2", gw.Pfeiffer(d=4, norm="none")),
@@ -194,6 +200,11 @@ def test_an_adapter_made_here_goes_there_and_comes_back(kind, methods, tmp_path)
         (gw.Bottleneck(d=4, dropout=0.1, at="mlp"), "no config says"),
         (gw.LoRA(r=2, at="o"), "no config says"),
         (gw.LoReFT(r=2, variant="direft"), "loreft and noreft"),
+        (gw.Invertible(), "invertible adapter alone"),
+        (gw.MADXLanguage(coupling="glow"), "glow"),
+        (gw.Gated(of=gw.LoRA(r=2, alpha=4)), "no config says"),
+        (gw.Gated(of=gw.LoRA(r=2, alpha=2), tokens="real"), "no config says"),
+        (gw.AdapterDrop(of=gw.Bottleneck(d=4, at="mlp")), "no method for adapter_drop"),
         (gw.BitFit(), "no method for bitfit"),
         ([gw.Bottleneck(d=4, at="mlp"), gw.Bottleneck(d=4, act="relu", at="self.attn")], "no config says"),
     ],
@@ -290,6 +301,45 @@ def test_a_prefix_there_moves_t5s_real_tokens():
     assert (here - there).abs().max() < 0.8 * (logits(loaded("t5/prefix_flat")[0], "t5") - there).abs().max()
 
 
+@pytest.mark.parametrize("kind", ["bart", "gpt2", "llama", "t5"])
+def test_an_invertible_adapter_there_has_no_inverse_in_front_of_transformers_heads(kind):
+    """MAD-X (Pfeiffer et al. 2020, section 4.3) inverts in front of the output embeddings; without that both agree."""
+    model, adapter, _ = loaded(f"{kind}/invertible")
+    (delta,) = (d for part in adapter.parts if part.method.name == "invertible" for d in part.deltas.values())
+    delta.undone = False
+    gw.activate(model, None)
+    gw.activate(model, "a")
+    torch.testing.assert_close(logits(model, kind), expected(FILES / f"{kind}/invertible"), rtol=0, atol=1e-5)
+
+
+def test_an_invertible_adapter_there_has_one_in_front_of_its_own_head():
+    model = backbone("bert", cls="BertForMaskedLM")
+    head = model.cls.predictions
+    parts = {"0": head.transform.dense, "2": head.transform.LayerNorm, "3": head}
+    with torch.no_grad():
+        for n, module in parts.items():
+            for leaf, p in module.named_parameters(recurse=False):
+                name = f"heads.a.{n}.{leaf}"
+                p.copy_(numbers(name, tuple(p.shape), 0.5) + float(name == "heads.a.2.weight"))
+    adapter = gw.load(model, FILES / "heads/bert_masked_lm")
+    assert [m.name for m in adapter.methods] == ["invertible", "bottleneck"]
+    torch.testing.assert_close(logits(model, "bert"), expected(FILES / "heads/bert_masked_lm"), rtol=0, atol=1e-5)
+
+
+def test_the_words_of_earlier_versions_for_invertible_adapters(tmp_path):
+    folder = tmp_path / "old"
+    shutil.copytree(FILES / "bert/invertible", folder)
+    about, tensors = content(folder)
+    inner = about["config"]
+    inner["invertible_adapter"] = {"block_type": inner.pop("inv_adapter"), "non_linearity": "relu"}
+    inner["invertible_adapter"]["reduction_factor"] = inner.pop("inv_adapter_reduction_factor")
+    (folder / "adapter_config.json").write_text(json.dumps(about))
+    old = {k.replace(".invertible_adapters.", ".invertible_lang_adapters."): t for k, t in tensors.items()}
+    safetensors.torch.save_file(old, folder / "adapter.safetensors")
+    model, _, _ = loaded("bert/x", folder)
+    torch.testing.assert_close(logits(model, "bert"), expected(FILES / "bert/invertible"), rtol=0, atol=1e-5)
+
+
 # -- heads and other folders -------------------------------------
 
 
@@ -358,7 +408,18 @@ def changed(tmp_path: Path, case: str, **fields) -> Path:
         ("bert/seq_bn", {"mh_adapter": True}, "missing"),
         ("bert/seq_bn", {"a_new_option": 3}, "a_new_option"),
         ("bert/seq_bn", {"scaling": "by heart"}, "scaling"),
-        ("bert/lora", {"use_gating": True}, "use_gating"),
+        ("bert/invertible", {"inv_adapter": "glow"}, "no bijection"),
+        ("bert/invertible", {"inv_adapter": "realnvp"}, "expected 'nice'"),
+        ("bert/invertible", {"inv_adapter_reduction_factor": 0}, "inv_adapter_reduction_factor"),
+        ("bert/invertible", {"inv_adapter_reduction_factor": 4}, "stored|shape"),
+        ("bert/invertible", {"inv_adapter": None}, "belong nowhere"),
+        ("bert/lora", {"use_gating": True}, r"loras\.a\.gate\.weight"),
+        ("bert/prefix", {"use_gating": True}, r"prefix_gates\.a\.weight"),
+        ("bert/prefix", {"use_gating": True, "shared_gating": False}, "shared_gating"),
+        ("bert/ia3", {"use_gating": True}, "use_gating = True at .*ia3"),
+        ("bert/dora", {"use_gating": True}, "use_gating = True at .*dora"),
+        ("bert/compacter", {"use_gating": True}, "use_gating = True at .*phm"),
+        ("bert/invertible", {"use_gating": True}, "use_gating = True at .*invertible"),
         ("bert/lora", {"attn_matrices": ["q", "x"]}, "attn_matrices"),
         ("bert/ia3", {"alpha": 2}, "IA"),
         ("bert/prefix", {"prefix_length": 4}, "shape|length|stored"),
@@ -443,6 +504,8 @@ JUNK = st.sampled_from(
     [None, True, 0, -1, 3, 1e9, 0.3, "", "q", "learned", [], [0], [None], {}, {"default": 0}, {"0": "x"}]
 )
 SOME = (
+    "bert/invertible",
+    "bert/unipelt",
     "bert/seq_bn",
     "bert/compacter",
     "bert/lora",

@@ -11,7 +11,10 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     T5Config,
@@ -31,6 +34,23 @@ def bert(layers: int = 2, **more) -> nn.Module:
         hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=64, vocab_size=60, **more
     )
     return perturbed(BertForSequenceClassification(config)).eval()
+
+
+def masked_bert(layers: int = 2, d: int = 32, **more) -> nn.Module:
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=d, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=64, vocab_size=60,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **more,
+    )  # fmt: skip
+    return perturbed(BertForMaskedLM(config)).eval()
+
+
+def gpt2(layers: int = 2) -> nn.Module:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_embd=32, n_layer=layers, n_head=4, vocab_size=60, bos_token_id=1, eos_token_id=2, pad_token_id=0
+    )
+    return perturbed(GPT2LMHeadModel(config)).eval()
 
 
 def llama(layers: int = 2, **more) -> nn.Module:

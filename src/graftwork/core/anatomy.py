@@ -9,7 +9,7 @@ from torch import nn
 
 from . import lexicon
 from .blocks import Tower, rename, towers
-from .entries import entries, tops
+from .entries import embeddings, entries, tops
 from .projections import find_attention, heads_of
 from .regions import norm_of, regions
 from .site import Site
@@ -90,6 +90,8 @@ class _Reader:
             self.plain()
         self.everywhere()
         for site in [*entries(self.root, self.sites.values()), *tops(self.sites.values(), self.paths)]:
+            self.put(site)
+        for site in embeddings(self.root, self.sites.values()):
             self.put(site)
         return list(self.sites.values())
 

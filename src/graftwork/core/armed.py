@@ -26,12 +26,24 @@ class Armed:
 
     root: the registry, where the module is the model itself;  overriding: the module's attributes in OVERRIDES read as there;
     reached: the module was called since its plan was made;  cache: adapted parameters during one call of the host;
-    plain: its parameters read as they are stored;  attending: its attention call is caught.
+    plain: its parameters read as they are stored;  attending: its attention call is caught;  called: with what, while it is.
     plans: those of the branches of `a | b`, of which `plan` is the one that runs, or the only one.
     below: it has no adapter in any branch, and may be called before the first one.
     """
 
-    __slots__ = ("attending", "below", "cache", "overriding", "plain", "plan", "plans", "reached", "root", "runtime")
+    __slots__ = (
+        "attending",
+        "below",
+        "cache",
+        "called",
+        "overriding",
+        "plain",
+        "plan",
+        "plans",
+        "reached",
+        "root",
+        "runtime",
+    )
 
     def __init__(self, runtime: Runtime, root: Root | None) -> None:
         self.runtime, self.root = runtime, root
@@ -43,13 +55,14 @@ class Armed:
         self.overriding, self.below, self.reached = overriding, below, False
         self.cache: dict[str, Tensor | None] | None = None
         self.plain = self.attending = False
+        self.called: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("runtime", "root", "plan", "plans", "overriding", "below", "reached")  # a copy starts outside any call
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.cache, self.plain, self.attending = None, False, False
+        self.cache, self.plain, self.attending, self.called = None, False, False, ((), {})
         for name, value in state.items():
             setattr(self, name, value)
 
@@ -95,14 +108,16 @@ class Armed:
     ) -> Any:
         """The outermost call: a pass."""
         runtime, root = self.runtime, self.root
+        if root is not None:
+            root.look(module)
         mask = kwargs.get("attention_mask")
         if root is not None and mask is None and root.mask_at is not None and len(args) > root.mask_at:
             mask = args[root.mask_at]
         rows = runtime.rows
         if rows is not None:
             rows.begin(module.training, args, kwargs)
-        mask = mask if root is not None or (mask is not None and mask.dim() == 2) else None
-        runtime.begin(mask, kwargs.get("past_key_values"))
+        seen = mask if root is not None or (mask is not None and mask.dim() == 2) else None
+        runtime.begin(seen, kwargs.get("past_key_values"), module.training)
         if root is not None:
             root.begin(module.training)
         runtime.running = True
@@ -133,12 +148,12 @@ class Armed:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        self.cache, self.attending = {}, uses_interface(module)
+        self.cache, self.attending, self.called = {}, uses_interface(module), (args, kwargs)
         try:
             with intercept(module, plan.attend):
                 return plan.run(partial(forward, module), self.runtime, False, args, kwargs)
         finally:
-            self.cache, self.attending = None, False
+            self.cache, self.attending, self.called = None, False, ((), {})
 
     def _keeping(self, module: nn.Module, plan: Plan) -> bool:
         """Whether this pass uses weights that are kept between passes; one that trains frees them."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .errors import GraftError
+from .plan import first_tensor
 from .site import Site
 
 IMPLEMENTATION = "graftwork"
@@ -31,6 +32,7 @@ class Attention:
     Keys and values may be longer than the backbone's own: the extra ones stand in FRONT, are visible to every query,
     and mask and position bias are extended for them here.
     scaling: of the scores q k^T;  groups: query heads per key head.
+    input: what the attention module was given, [batch, seq, d].
     """
 
     def __init__(
@@ -48,6 +50,12 @@ class Attention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         extra = k.shape[2] - self.keys
         return self._call(q, k, v, mask, extra) if self._rows is None else self._call(q, k, v, mask, extra, self._rows)
+
+    @property
+    def input(self) -> Tensor:
+        record: Any = self.module._armed
+        x: Tensor = first_tensor(*record.called)
+        return x if self._rows is None else x[self._rows]
 
     def on(self, rows: Tensor) -> Attention:
         """The same attention for these rows of the batch: q, k, v and mask are given for them alone."""

@@ -26,7 +26,8 @@ class Delta(nn.Module):
 
     Override one or more of
         forward(x, y) -> y'                     edit the site's output y [..., d] (channels last), given x (see `source`)
-        enter(x) -> x'                          edit the input of the site's norm (the residual stream of a pre-norm block)
+        enter(x) -> x'                          edit the input of the site's norm (the residual stream of a pre-norm block), or,
+                                                where a sequence is embedded, of the LM head's linear map
         amend(x, base) -> x'                    edit the site's input, knowing what the site gives for it, base(x)
         attend(q, k, v, mask, attention)        replace the attention of the site's attention module
         around(base, *args, **kwargs)           the general form: may change inputs, skip the module, or call it twice
@@ -34,6 +35,7 @@ class Delta(nn.Module):
     source: which tensor x is: the "input" of the module that is edited, the sub-layer's "entry", or the input of its "norm";
         "output" where it reads nothing but y.
     itself: it looks at its parameters themselves (their version), so that no other tensors may stand in for them.
+    A delta with an attribute `gate`, None at first, multiplies what it adds by gate(what it reads, runtime) where there is one.
     """
 
     source: str = "input"
@@ -70,7 +72,7 @@ class Delta(nn.Module):
         raise NotImplementedError
 
     def enter(self, x: Tensor) -> Tensor:
-        """The norm's input, edited."""
+        """The input of the norm or of the LM head's map, edited."""
         raise NotImplementedError
 
     def amend(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where tokens enter a model (role "entry") and where a stack of blocks ends (role "top")."""
+"""Where tokens enter a model (role "entry"), where their sequence is embedded ("embedded"), and where a stack of blocks ends ("top")."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from .site import Site
-from .tree import Node
+from .tree import Node, norm_width
 
 
 def entries(root: Node, sites: Iterable[Site]) -> list[Site]:
@@ -38,6 +38,48 @@ def entries(root: Node, sites: Iterable[Site]) -> list[Site]:
         width = int(table.embedding_dim)
         result.append(Site(path, "entry", module, tower, cross=several and fed[path], exit=at, width=width))
     return result
+
+
+def embeddings(root: Node, known: Iterable[Site]) -> list[Site]:
+    """Where the sequence that enters is embedded, with all that is added to it and its norm; not in a decoder that another entry feeds.
+
+    exit: path of the module around the tables (BERT's `embeddings`), or, where they stand beside the blocks, of the norm or the dropout
+    that follows them, or of the token embedding.  unembed: the LM head's linear map back to tokens, where it has one of this width.
+    """
+    sites, nodes = list(known), {node.path: node for node in root.below}
+    result = []
+    for entry in (s for s in sites if s.role == "entry" and not s.cross):
+        table = nodes.get(str(entry.exit))
+        if table is None:  # one module under two paths, called for both towers
+            continue
+        place = _completed(table, nodes[entry.path], [s.path for s in sites if s.role == "block"])
+        width = next((norm_width(n) for n in reversed(place.below) if n.kind == "norm"), None) or entry.width
+        back = _unembedding(table.module, sites) if width == entry.width else None
+        result.append(
+            Site(place.path, "embedded", place.module, entry.tower, exit=place.path, unembed=back, width=width)
+        )
+    return result
+
+
+def _completed(table: Node, entry: Node, blocks: list[str]) -> Node:
+    """The module whose output is the whole embedded sequence."""
+    around = table.parent
+    if around is not None and around is not entry and not any(_below(block, around.path) for block in blocks):
+        return around
+    beside = [] if around is None else around.children
+    norms = [node for node in beside if node.kind == "norm" and "emb" in node.name]
+    first = next((n for n, node in enumerate(beside) if any(_below(block, node.path) for block in blocks)), 0)
+    dropouts = [node for node in beside[:first] if isinstance(node.module, nn.Dropout)]
+    return [table, *norms, *dropouts][-1]
+
+
+def _unembedding(table: nn.Module, sites: list[Site]) -> str | None:
+    """The LM head's map that is tied to the table, or else one of its shape."""
+    own = table._parameters["weight"]
+    heads = [s for s in sites if s.role == "lm_head" and isinstance(s.module, nn.Linear)]
+    alike = [s for s in heads if own is not None and s.module._parameters["weight"].shape == own.shape]  # type: ignore[union-attr]
+    tied = [s.path for s in alike if s.module._parameters["weight"] is own]
+    return next(iter([*tied, *(s.path for s in alike)]), None)
 
 
 def tops(sites: Iterable[Site], paths: Iterable[str]) -> list[Site]:

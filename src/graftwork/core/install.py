@@ -149,6 +149,9 @@ def compile_plans(
     below = set() if branches is None else set(branches.below(modules, planned, above))
     reached = above | below | root.statistics if planned or branches is not None else set()
     before, root.armed, root.checked = root.armed, [], False
+    root.hosts = [
+        (modules[path.rpartition(".")[0]], path.rpartition(".")[2], modules[path]) for path in planned if path
+    ]
     for path in sorted(reached | planned):
         module, own = modules[path], tuple(plans.get(path) for plans in made)
         if path not in planned and path and isinstance(module, (nn.ModuleList, nn.ModuleDict)):
@@ -235,12 +238,14 @@ def _add(plan_of: Callable[[str], Plan], site: Site, delta: Delta) -> None:
             if reader.elsewhere:
                 plan_of(read_path(place, reader)).capture.append(reader)
     if delta.overrides("enter"):
-        plan_of(read_path(site, delta)).enter.append(delta)
+        edits = plan_of(read_path(site, delta)).enter
+        # what the first of several adapters did to the embeddings is undone last
+        edits.insert(0 if site.unembed else len(edits), delta)
 
 
 def read_path(site: Site, delta: Delta) -> str:
     """The module whose input a delta reads or edits."""
-    path = site.norm if delta.source == "norm" or delta.overrides("enter") else site.entry
+    path = site.entered if delta.overrides("enter") else site.norm if delta.source == "norm" else site.entry
     if path is None:
         raise GraftError(
             f"the {delta.source} of {site.key}", "this site has none", "choose another position or another `at`"

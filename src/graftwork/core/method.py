@@ -34,6 +34,7 @@ class Method:
         and whether they are trained with it (`joint`).
     trains: its deltas have parameters.
     mixes_tasks: it learns something for each of its `tasks`, and the rows of one batch may have different ones.
+    layered: its sites stand in layers, among which `layers` chooses.
     """
 
     name: ClassVar[str] = ""
@@ -43,6 +44,7 @@ class Method:
     mixes: ClassVar[bool] = False
     trains: ClassVar[bool] = True
     mixes_tasks: ClassVar[bool] = False
+    layered: ClassVar[bool] = True
 
     at: str = dataclasses.field(default="", kw_only=True)
     layers: str | None = dataclasses.field(default=None, kw_only=True)
@@ -65,6 +67,10 @@ class Method:
     def rate(self, tensor: str) -> float:
         """The learning rate of a parameter, by its name in the delta or among the shared ones, as a multiple of the adapter's."""
         return 1.0
+
+    def reads(self, site: Site) -> int:
+        """Width of what a delta reads at a site: the input of a single weight, otherwise the sub-layer's states."""
+        return site.d if site.width is not None else site.weight.d_in
 
     def step(self, part: Part, progress: float) -> None:
         """A moment of the schedule: after the optimiser's step, gradients still there. progress in [0, 1]."""
@@ -129,7 +135,7 @@ P = TypeVar("P", bound=Callable[..., Sequence[Method]])
 def preset(name: str) -> Callable[[P], P]:
     """Register a function that returns a list of methods: a published recipe under its own name.
 
-    Every preset also takes `at`, the sites of its first method, and `layers`, the blocks of all its methods.
+    Every preset also takes `at`, the sites of its first method, and `layers`, the blocks of all its methods that stand in blocks.
     """
 
     def register(make: P) -> P:
@@ -140,7 +146,9 @@ def preset(name: str) -> Callable[[P], P]:
             made = list(make(*args, **given))
             if at is not None:
                 made[0] = dataclasses.replace(made[0], at=at)
-            return made if layers is None else [dataclasses.replace(m, layers=layers) for m in made]
+            if layers is None:
+                return made
+            return [dataclasses.replace(m, layers=layers) if m.layered else m for m in made]
 
         explaining = _explaining(placed, [*inspect.signature(make).parameters, "at", "layers"])
         PRESETS[name] = explaining

@@ -26,6 +26,7 @@ class Runtime:
     running: the outermost grafted call is open;  state: what deltas hand to each other within a pass (cleared by the root's call);
     context: side information per batch or row, set by `gw.context`;  mask: the padding mask [batch, seq] of the pass, or None.
     past: how many tokens of each row the key-value cache held when the pass began (transformers' `generate` leaves out a mask of ones).
+    draw: one number in [0, 1) for all sites of a training pass, where a delta asks for one by setting `draws`.
     keeps_weights: inference passes keep adapted weights that are dear to make, set by `gw.keep_weights`.
     rows: which adapter each row has, while `rows(...)` is active;  stacks: tensors of many adapters as one, kept for the next `rows`;
     by_rows: modules, by path, that are known to have the batch along axis 0, and whether several entries there belong to one row.
@@ -40,6 +41,7 @@ class Runtime:
         self.context: dict[str, Any] = {}
         self.mask: Tensor | None = None
         self.past = 0
+        self.draws, self.draw = False, 0.0
         self.keeps_weights = True
         self.rows: Table | None = None
         self.branches: Branches | None = None
@@ -55,11 +57,14 @@ class Runtime:
             "state": {},
             "mask": None,
             "past": 0,
+            "draw": 0.0,
             "stacks": {},
             "generating": 0,
             "watching": None,
         }
-        kept = {name: getattr(self, name) for name in ("context", "rows", "branches", "keeps_weights", "by_rows")}
+        kept = {
+            name: getattr(self, name) for name in ("context", "draws", "rows", "branches", "keeps_weights", "by_rows")
+        }
         return kept | outside
 
     @contextmanager
@@ -78,15 +83,17 @@ class Runtime:
             return True
         return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
-    def begin(self, mask: Tensor | None, cache: Any = None) -> None:
+    def begin(self, mask: Tensor | None, cache: Any = None, training: bool = False) -> None:
         """The model itself was called: a fresh pass. cache: its `past_key_values`."""
         self.state = {}
         self.past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+        if self.draws and training:
+            self.draw = float(torch.rand(()))
         self.mask = mask if mask is not None else self.context.get("padding")
 
     def end(self) -> None:
-        """The model's call is over. Only the mask stays, for blocks that the backward pass runs again."""
-        self.state = {}
+        """The model's call is over. Only the mask and the draw stay, for blocks that the backward pass runs again."""
+        self.state, self.past = {}, 0
 
 
 class Clock:

@@ -145,7 +145,7 @@ def mixed_places(
             continue
         site = group[0].pieces[0][0]
         if kind == "enter" or any(len(list(places_at(*piece))) > 1 for term in group for piece in term.pieces):
-            found = f"an adapter edits the input and the output at {site.key} by one value"
+            found = f"an adapter edits an input and an output at {site.key} that belong together"
             raise GraftError(f"activate {e}", found, "mix adapters of other positions, such as 'residual' or 'after'")
         if kind == "weight" and not whole(modules[path], site):
             found = f"a weight inside {type(modules[path]).__name__} at {site.key}, which has no output of its own"

@@ -25,6 +25,9 @@ class Root(Graft):
         self.active: tuple[str, ...] = ()
         self.expression: str | None = None
         self.armed: list[nn.Module] = []
+        self.hosts: list[
+            tuple[nn.Module, str, nn.Module]
+        ] = []  # of what is active: (the module around it, its name there, itself)
         self.thawed: list[str] = []  # names of parameters that were trainable before the first graft
         self.kept: list[
             tuple[nn.Module, str, nn.Parameter | None]
@@ -34,6 +37,26 @@ class Root(Graft):
         self.checked = False  # a whole pass has shown which of the active plans are reached
         self.statistics: set[str] = set()  # paths of modules with running statistics, which stay the backbone's
         self.own_labels: tuple[dict[int, str], dict[str, int], int | None] | None = None
+
+    def look(self, model: nn.Module) -> None:
+        """Before a pass: where a module that is adapted was replaced (transformers' resized output layer), read the model again.
+
+        GraftError where that has thrown away a part of an adapter.
+        """
+        if torch.compiler.is_compiling() or all(around._modules.get(name) is m for around, name, m in self.hosts):
+            return
+        from .graft import activate
+
+        wrapped = [host for host in self.hosts if _wraps(*host)]  # torch.compile of a part: it is called as before
+        self.hosts = [host for host in self.hosts if host not in wrapped]
+        gone = {name: m for around, name, m in self.hosts if around._modules.get(name) is not m}
+        if not gone:
+            return
+        if kept := [name for name, m in gone.items() if "graft" in m._modules]:
+            do = "replace it (resize_token_embeddings) before grafting, or remove the adapter first"
+            raise GraftError("a pass through the adapted model", f"{kept[0]!r} was replaced by another module", do)
+        self.body = Body(model)
+        activate(model, self.expression)
 
     def begin(self, training: bool) -> None:
         """The model itself was called."""
@@ -56,6 +79,12 @@ class Root(Graft):
                 "(it may read its weight). Choose another `at`, or a method of weights such as lora",
                 stacklevel=2,
             )
+
+
+def _wraps(around: nn.Module, name: str, module: nn.Module) -> bool:
+    """Whether something else stands in the module's place that holds it."""
+    now = around._modules.get(name)
+    return now is not None and now is not module and any(m is module for m in now.modules())
 
 
 def root_of(model: nn.Module) -> Root:

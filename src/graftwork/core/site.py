@@ -24,6 +24,7 @@ class Site:
     cross: belongs to cross-attention.
     entry, exit: paths of the modules whose input and output are the sub-layer's input and output (before the residual
         add);  norm: path of the sub-layer's norm, whose input is the residual stream in a pre-norm block.
+    unembed: path of the linear map that turns states into tokens (the LM head), for where a sequence is embedded.
     heads: number of attention heads of the site's output, where it is known.
     """
 
@@ -40,6 +41,7 @@ class Site:
     entry: str | None = None
     exit: str | None = None
     norm: str | None = None
+    unembed: str | None = None
     heads: int | None = None
     width: int | None = None  # of the activation at the output, for sites that are not one weight
 
@@ -52,6 +54,11 @@ class Site:
     def weight(self) -> Weight:
         """The dense [out, in] view of the site's parameter. GraftError where it has none."""
         return weight_of(self.module, self.param, self.rows, self.transposed)
+
+    @property
+    def entered(self) -> str | None:
+        """Path of the module whose input a delta's `enter` edits."""
+        return self.unembed or self.norm
 
     @property
     def d(self) -> int:

@@ -2,6 +2,7 @@
 
 at      alternatives split by "|" (the first that finds all of its tokens is taken), each a comma list of tokens
 token   [tower.][self.|cross.]role      "q", "decoder.cross.v", "vision.mlp", "expert.up"
+        [tower.](attn.|mlp.)norm        the norms of these sub-layers
         /regex/                         searched in "path" and "path.param"
 layers  "0-5,-1"                        counted in each tower by itself; negative numbers count from the end
 """
@@ -17,8 +18,9 @@ from .errors import GraftError, nearest
 from .site import Site
 
 _LEAVES = "q k v kv qkv o up gate gate_up down expert.up expert.gate expert.gate_up expert.down router"
-_PLACES = "attn mlp block embed norm head lm_head pooler linear conv any entry top"
+_PLACES = "attn mlp block embed norm head lm_head pooler linear conv any entry embedded top"
 ROLES = tuple(f"{_LEAVES} {_PLACES}".split())
+SUBLAYERS = ("attn", "mlp")
 
 
 def select(anatomy: Anatomy, at: str | Callable[[Site], bool], layers: str | None = None) -> list[Site]:
@@ -70,8 +72,11 @@ def _match(anatomy: Anatomy, token: str, at: str) -> list[Site]:
     found = [
         site
         for site in _of(anatomy, role)
-        if tower in ("", site.tower) and (side == "" or site.cross == (side == "cross"))
+        if tower in ("", site.tower) and (side in ("", *SUBLAYERS) or site.cross == (side == "cross"))
     ]
+    if side in SUBLAYERS:
+        theirs = {site.norm for site in anatomy.of(side)}
+        found = [site for site in found if site.path in theirs]
     if not found:
         raise GraftError(f"sites {token!r} of {anatomy.name}", _what_is(anatomy, token, role), _known(anatomy))
     return found
@@ -92,13 +97,14 @@ def _of(anatomy: Anatomy, role: str) -> list[Site]:
 
 
 def _parse(anatomy: Anatomy, token: str, at: str) -> tuple[str, str, str]:
-    """(tower, "self" | "cross" | "", role) of a token."""
+    """(tower, "self" | "cross" | "attn" | "mlp" | "", role) of a token."""
     role = next((r for r in sorted(ROLES, key=len, reverse=True) if token == r or token.endswith("." + r)), None)
     prefix = [] if role is None or token == role else token[: -len(role) - 1].split(".")
     if role is None:
         last = token.rpartition(".")[2]
         raise GraftError(f"sites {at!r}", f"no role {token!r}{nearest(last, ROLES)}", _hint(anatomy, token))
-    side = prefix.pop() if prefix and prefix[-1] in ("self", "cross") else ""
+    sides = ("self", "cross", *(SUBLAYERS if role == "norm" else ()))
+    side = prefix.pop() if prefix and prefix[-1] in sides else ""
     tower = ".".join(prefix)
     if tower and tower not in anatomy.towers:
         have = ", ".join(anatomy.towers) or "one tower only"

@@ -21,6 +21,7 @@ from . import heads
 from .bottleneck import Bottlenecks
 from .compacter import Compacters
 from .family import Family
+from .gates import Gates
 from .lora import Loras
 from .names import Names
 from .prefix import Prefixes
@@ -29,13 +30,15 @@ from .writing import configured, held
 
 CONFIG, SAFE, TORCH = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
 OTHERS = ("adapter_setup.json", "adapter_fusion_config.json")
-FAMILIES: tuple[Family, ...] = (Bottlenecks(), Compacters(), Loras(), Prefixes(), Refts())
+PLAIN: tuple[Family, ...] = (Bottlenecks(), Compacters(), Loras(), Prefixes(), Refts())
+FAMILIES: tuple[Family, ...] = (*(Gates(family) for family in PLAIN), *PLAIN)
 # before there were names of their own for each: kinds of adapters, and what they are called now
 LEGACY = {
     "attention_text_task_adapters": "adapters",
     "attention_text_lang_adapters": "adapters",
     "layer_text_task_adapters": "adapters",
     "layer_text_lang_adapters": "adapters",
+    "invertible_lang_adapters": "invertible_adapters",
 }
 VERSION = "adapters.1.3.0"
 
@@ -141,6 +144,12 @@ def _upright(inner: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, An
     """The config in today's words: before versions were stored "gelu" was the approximate one, before 1.1.0 LoRA left alpha / r out."""
     version = about.get("version")
     made = dict(inner)
+    nested = made.pop("invertible_adapter", None)
+    if isinstance(nested, dict):  # before there were two fields for it
+        made |= {
+            "inv_adapter": nested.get("block_type"),
+            "inv_adapter_reduction_factor": nested.get("reduction_factor"),
+        }
     if version is None and isinstance(made.get("non_linearity"), str):
         made["non_linearity"] = {"gelu": "gelu_new", "gelu_orig": "gelu"}.get(
             made["non_linearity"], made["non_linearity"]

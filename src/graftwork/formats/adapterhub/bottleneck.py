@@ -1,4 +1,4 @@
-"""AdapterHub's bottleneck adapters (BnConfig): Houlsby's, Pfeiffer's, parallel ones, Adapter+.
+"""AdapterHub's bottleneck adapters (BnConfig): Houlsby's, Pfeiffer's, parallel ones, Adapter+, MAD-X with an invertible one.
 
 With h the sub-layer's output, x the residual stream, N the backbone's norm behind the residual add (post-norm blocks only):
     original_ln_before=False                              h + A(h)
@@ -21,10 +21,12 @@ from ...core.errors import GraftError
 from ...core.method import Method
 from ...core.site import Site
 from ...methods.activation.bottleneck import Bottleneck
+from ...methods.input.invertible import Invertible
 from ..config import Config
 from ..pieces import Slot, one
 from .defaults import BOTTLENECK, SCHEMES
 from .family import Held, Made, activation, left_out, named_activation
+from .invertible import invertible, invertible_config
 from .names import Block, Names
 from .placement import FLAGS, located, place, scheme, widths
 
@@ -46,20 +48,20 @@ COPIED_NORM = ("weight", "bias")
 
 
 class Bottlenecks:
-    """`bottleneck`, one for each different width and position."""
+    """`bottleneck`, one for each different width and position, and `invertible`."""
 
     def reads(self, config: Mapping[str, Any]) -> bool:
         return "architecture" not in config and "reduction_factor" in config and not config.get("phm_layer")
 
     def claims(self, method: Method) -> bool:
-        return isinstance(method, Bottleneck)
+        return isinstance(method, Bottleneck | Invertible)
 
     def pieces(self, config: Config, names: Names, keys: set[str], warnings: list[str]) -> Made:
         config.inert("init_weights_seed", *PHM_OPTIONS)
         common, skip = self._common(config, warnings), left_out(config, names)
         kind = scheme(config)
         flags = {which: config.take(flag, bool, False) for which, flag in FLAGS.items()}
-        made = []
+        made = invertible(config, names, warnings)
         for block in names.blocks:
             for which in block.subs if block.index not in skip else ():
                 if flags[which]:
@@ -102,6 +104,12 @@ class Bottlenecks:
         }
 
     def config(self, held: Sequence[Held], names: Names) -> dict[str, Any]:
+        around, held = (
+            [one for one in held if isinstance(one.method, Invertible)],
+            [one for one in held if isinstance(one.method, Bottleneck)],
+        )
+        if not held:
+            raise GraftError("an AdapterHub config", "an invertible adapter alone", "give it bottlenecks with it")
         first = held[0].method
         assert isinstance(first, Bottleneck)
         places = [(one.method, site, *located(one.method, site, names)) for one in held for site in one.sites]
@@ -126,9 +134,12 @@ class Bottlenecks:
             "dropout": first.out_dropout,
             "stochastic_depth": first.drop_path,
             "init_weights": starts.get(first.init, "bert"),
+            **(invertible_config(around[0].method) if around else {}),
         }
 
     def plain(self, method: Method, site: Site) -> Method:
+        if isinstance(method, Invertible):
+            return dataclasses.replace(method, init_std=0.02)
         assert isinstance(method, Bottleneck)
         scale = 1.0 if method.scaling != "fixed" else method.scale  # where it is learned, this is how it started
         return dataclasses.replace(
@@ -136,6 +147,8 @@ class Bottlenecks:
         )
 
     def moved(self, method: Method, site: Site, names: Names) -> tuple[Method, Site]:
+        if isinstance(method, Invertible):
+            return method, site
         assert isinstance(method, Bottleneck)
         block = next((b for b in names.blocks if b.site.key == site.key), None)
         if block is None or method.position != "after" or "mlp" not in block.subs:

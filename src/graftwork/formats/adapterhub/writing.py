@@ -18,6 +18,7 @@ from ...methods.weight.vera import VeRA
 from ..config import Config
 from ..pieces import Piece, grouped
 from .family import Family, Held
+from .gates import ungated
 from .heads import is_head
 from .names import Names
 
@@ -49,7 +50,7 @@ def held(adapter: Adapter, names: Names, families: Sequence[Family], asked: str)
 
 
 def _stored(part: Part) -> tuple[Method, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    if isinstance(part.method, Prefix):  # AdapterHub keeps the MLP that makes a prefix
+    if isinstance(ungated(part.method), Prefix):  # AdapterHub keeps the MLP that makes a prefix
         tensors = {key: dict(delta.state_dict()) for key, delta in part.deltas.items()}
         return part.method, tensors, dict(part.shared_modules.state_dict())
     if isinstance(part.method, VeRA):  # its files hold the random pair itself
@@ -108,7 +109,9 @@ def _keys(parts: Sequence[Held], names: Names) -> set[str]:
         if site.path in names.old
     }
     keys |= {
-        f"{names.base}.wte.weight" for one in parts if isinstance(one.method, Prefix) and one.method.reparam == "mlp"
+        f"{names.base}.wte.weight"
+        for one in parts
+        if isinstance(method := ungated(one.method), Prefix) and method.reparam == "mlp"
     }
     return keys | {names.shared("lora_A") for one in parts if one.method.name == "vera"}
 

@@ -72,6 +72,9 @@ class Bottleneck(Method):
         m = self.d if self.d is not None else max(1, site.d // self.reduction)
         return (site.weight.d_in if reads_input else site.d), m, site.d
 
+    def reads(self, site: Site) -> int:
+        return self.widths(site)[0]
+
     def count(self, site: Site) -> int:
         d_in, m, d_out = self.widths(site)
         norm = {"none": 0, "before": 2 * d_in, "after": 2 * d_out}[self.norm]

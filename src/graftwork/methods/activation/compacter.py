@@ -63,6 +63,9 @@ class PHM(Method):
         rule = part.shared("rule", lambda: Rule(self, like)) if self.shared else None
         return Hypercomplex(self, site, m, like, rule)
 
+    def reads(self, site: Site) -> int:
+        return site.d
+
     def count(self, site: Site) -> int:
         d, m = site.d, self.width(site)
         weights = 2 * d * m // self.n if not self.rank else 2 * self.rank * (d + m)

@@ -1,7 +1,8 @@
 """Published recipes made of bottleneck adapters, each under its own name.
 
 Houlsby et al. 2019, arXiv 1902.00751 · Bapna and Firat 2019, arXiv 1909.08478 (the placement known as Pfeiffer's) ·
-He et al. 2021, arXiv 2110.04366 (scaled parallel adapter, MAM) · Steitz and Roth 2024, arXiv 2406.06820 (Adapter+).
+He et al. 2021, arXiv 2110.04366 (scaled parallel adapter, MAM) · Pfeiffer et al. 2020, arXiv 2005.00052 (MAD-X) ·
+Steitz and Roth 2024, arXiv 2406.06820 (Adapter+).
 """
 
 from __future__ import annotations
@@ -68,6 +69,34 @@ def MAM(length: int = 30, d: int = 512, scale: float = 4.0, reparam: str = "mlp"
     """
     prefix = get("prefix")(length=length, reparam=reparam, mid=mid)
     return [*flatten(prefix), *Parallel(d=d, scale=scale)]
+
+
+@preset("mad_x_language")
+def MADXLanguage(reduction: int = 2, act: str = "relu", coupling: str = "nice", inv_reduction: int = 2) -> list[Method]:
+    """LA = U relu(D LN(f + x) + b_D) + b_U + f behind the feed-forward layer (f its output, x the residual stream, LN its own frozen
+    norm), and an invertible adapter at the embeddings and the LM head.
+
+    reduction: d / m.  coupling, inv_reduction: of the invertible adapter ("none" leaves it out).
+    at: "mlp.norm", for post-norm backbones (BERT, XLM-R); for pre-norm ones give at="mlp".  layers="0--2" leaves the last one
+        without, as MAD-X 2.0 does.
+    Train it by masked language modelling; then train a task adapter on top of it: gw.activate(model, "en >> task").
+    Parameters: L (2 d m + m + d) + those of the invertible adapter.  Source: Pfeiffer et al. 2020, sections 4.1 and 4.3.
+    """
+    adapters = Bottleneck(reduction=reduction, act=act, position="sum", init="bert", at="mlp.norm")
+    if coupling == "none":
+        return [adapters]
+    return [adapters, *flatten(get("invertible")(coupling=coupling, reduction=inv_reduction, act=act))]
+
+
+@preset("mad_x_task")
+def MADXTask(reduction: int = 16, act: str = "relu") -> list[Method]:
+    """TA = U relu(D LN(LA + x) + b_D) + b_U + LA on top of a language adapter LA, in the same place; no invertible adapter.
+
+    reduction: d / m.  at: as for mad_x_language.  Activate it with the language's, "en >> task" in training (the language adapter's
+    `trainable` set to False) and "de >> task" for another language.
+    Parameters: L (2 d m + m + d).  Source: Pfeiffer et al. 2020, section 4.2.
+    """
+    return MADXLanguage(reduction=reduction, act=act, coupling="none")
 
 
 @preset("adapter_plus")

@@ -41,7 +41,8 @@ class Branch(Delta):
 
     def __init__(self, position: str, site: Site) -> None:
         super().__init__()
-        self.position, self.twice = position, position == "sum" and _is_norm(site)
+        self.position, self.twice = position, position == "sum" and _is_norm(site)  # behind the residual add
+        self.gate: nn.Module | None = None
         entry = "entry" if site.entry is not None else "input"
         self.source = {"after": "output", "parallel": entry}.get(position, "norm")
 
@@ -49,19 +50,23 @@ class Branch(Delta):
         """A(h): [..., d_in] -> [..., d_out]."""
         raise NotImplementedError
 
+    def gated(self, h: Tensor) -> Tensor:
+        """The branch, times its gate where it has one."""
+        return self.branch(h) if self.gate is None else self.branch(h) * self.gate(h, self.runtime)
+
     def enter(self, x: Tensor) -> Tensor:
         """position "before": the norm and the skip both see r + A(r)."""
-        self.runtime.state[self, "branch"] = a = self.branch(x)
+        self.runtime.state[self, "branch"] = a = self.gated(x)
         return x + a
 
     def amend(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
         """position "sum" at a norm: x = a + r is edited by what the norm gives for it, and then passes the norm."""
-        return x + self.branch(base(x))
+        return x + self.gated(base(x))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if self.position == "before":
             return y + self.runtime.state.pop((self, "branch"))
-        return y + self.branch(y if self.position == "after" else y + x if self.position == "sum" else x)
+        return y + self.gated(y if self.position == "after" else y + x if self.position == "sum" else x)
 
     def overrides(self, function: str) -> bool:
         if function in ("amend", "forward"):

@@ -60,9 +60,8 @@ class Prefix(Method):
         d_k, d_v = widths(site)
         if self.reparam == "flat":
             return PrefixDelta(self, site, d_k, d_v)
-        kind = kind_of(site)
         like = next(site.module.parameters())
-        shared = part.shared(kind, lambda: Embedding(self, site.d, like))
+        shared = part.shared(kind_of(site), lambda: Embedding(self, site.d, like))
         return PrefixDelta(self, site, d_k, d_v, shared)
 
     def count(self, site: Site) -> int:
@@ -113,6 +112,7 @@ class PrefixDelta(Delta):
         like = next(site.module.parameters())
         self.split, self.dropout = [d_k, d_v], method.dropout
         self._shared = () if shared is None else (shared,)
+        self.gate: nn.Module | None = None
         if shared is None:
             self.keys = parameter((method.length, d_k), normal(method.init_std), like)
             self.values = parameter((method.length, d_v), normal(method.init_std), like)
@@ -130,6 +130,9 @@ class PrefixDelta(Delta):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attention: Attention) -> Tensor:
         keys, values = (self.in_front(p, t) for p, t in zip(self.produced(), (k, v), strict=True))
+        if self.gate is not None:
+            g = self.gate(attention.input, self.runtime)[..., None].to(keys.dtype)  # [batch, 1, 1, 1]
+            keys, values = g * keys, g * values
         out = attention(q, torch.cat([keys, k], 2), torch.cat([values, v], 2), mask)
         rows = self.context("prefix_rows")
         if rows is None:

@@ -1,0 +1,99 @@
+"""A gate, and the weight delta that has one (see `gated`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graftwork.core.delta import WeightDelta
+from graftwork.core.errors import GraftError
+from graftwork.core.initial import normal, parameter, uniform, zeros
+from graftwork.core.passes import Runtime
+from graftwork.core.plan import Host
+from graftwork.core.site import Site
+
+if TYPE_CHECKING:
+    from .gated import Gated
+
+
+class Gate(nn.Module):
+    """weight = w [1, d], bias = b [1]."""
+
+    def __init__(self, method: Gated, d: int, like: Tensor) -> None:
+        super().__init__()
+        near = uniform(-(d**-0.5), d**-0.5)
+        plain = method.init == "normal"
+        self.weight = parameter((1, d), normal(method.init_std) if plain else near, like)
+        self.bias = parameter((1,), zeros if plain else near, like)
+        self.real = method.tokens == "real"
+
+    def forward(self, x: Tensor, runtime: Runtime) -> Tensor:
+        """g [batch, 1, ...] for x [batch, ..., d]."""
+        if runtime.past:
+            found = "a key-value cache: the gate is a mean over all tokens, and those in the cache are not seen"
+            raise GraftError("a pass through a gated adapter", found, "generate with use_cache=False")
+        flat = F.linear(
+            x.reshape(-1, x.shape[-1]), self.weight, self.bias
+        )  # on more axes, other bits when weights are frozen
+        open_ = torch.sigmoid(flat).reshape(*x.shape[:-1], 1)
+        over = tuple(range(1, x.dim() - 1))
+        mask = runtime.mask
+        if not self.real or mask is None or not over:
+            return open_.mean(over, keepdim=True) if over else open_
+        if mask.shape != x.shape[:2]:
+            found = f"an attention mask of shape {list(mask.shape)} for states {list(x.shape)}"
+            raise GraftError("a gate that leaves padding out", found, "give a mask [batch, seq], or use tokens='all'")
+        real = mask.to(open_.dtype).view(*mask.shape, *[1] * (x.dim() - 2))
+        return (open_ * real).sum(over, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1)
+
+
+class GatedWeight(WeightDelta):
+    """y + g (W' - W) x.  delta: the one inside;  gate: of x."""
+
+    def __init__(self, delta: WeightDelta, gate: Gate, site: Site) -> None:
+        super().__init__()
+        self.delta, self.gate = delta, gate
+        self.place(site.key, site.weight)
+
+    def inner(self) -> list[WeightDelta]:
+        return [self.delta]
+
+    @property
+    def additive(self) -> bool:  # type: ignore[override]
+        return self.delta.additive
+
+    def names(self) -> tuple[str, ...]:
+        return self.delta.names()
+
+    def adapted(self, name: str, stored: Tensor | None) -> Tensor | None:
+        raise GraftError(
+            f"the adapted {name!r} at {self.key}",
+            "a gated adapter has another one for each example",
+            "activate it without other adapters that rewrite this weight, on a layer that is called itself",
+        )
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take stored tensors; the delta inside takes its own, in whatever form they are."""
+        self.delta.restore({name[6:]: t for name, t in tensors.items() if name.startswith("delta.")})
+        taken = {f"delta.{name}": t for name, t in self.delta.state_dict().items()}
+        super().restore({name: t for name, t in tensors.items() if not name.startswith("delta.")} | taken)
+
+    def linear(self, x: Tensor, base: Callable[[Tensor], Tensor], host: Host) -> Tensor:
+        y, g = base(x), self.gate(x, self.runtime)
+        factors = self.delta.factors()
+        if factors is not None:
+            down, up = factors
+            dropout = getattr(self.delta, "dropout", 0.0)
+            seen = F.dropout(x, dropout, self.training) if dropout else x
+            return y + g * F.linear(F.linear(seen, down), up)
+        return y + g * (self.delta.linear(x, lambda given: y.clone() if given is x else base(given), host) - y)
+
+    def auxiliary_loss(self) -> Tensor | None:
+        return self.delta.auxiliary_loss()
+
+    def overrides(self, function: str) -> bool:
+        return function == "linear"
