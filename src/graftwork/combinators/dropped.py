@@ -17,6 +17,7 @@ from .substituted import Substituted
 NOTHING: dict[str, Callable[..., Any]] = {
     "forward": lambda x, y: y,
     "enter": lambda x: x,
+    "amend": lambda x, base: x,
     "attend": lambda q, k, v, mask, attention: attention(q, k, v, mask),
     "around": lambda base, *args, **kwargs: base(*args, **kwargs),
     "weight": lambda w: w,

@@ -84,11 +84,10 @@ class GatedWeight(WeightDelta):
 
     def linear(self, x: Tensor, base: Callable[[Tensor], Tensor], host: Host) -> Tensor:
         y, g = base(x), self.gate(x, self.runtime)
-        factors = self.delta.factors()
+        factors = self.delta.factors() if self.delta.overrides("factors") else None
         if factors is not None:
             down, up = factors
-            dropout = getattr(self.delta, "dropout", 0.0)
-            seen = F.dropout(x, dropout, self.training) if dropout else x
+            seen = F.dropout(x, self.delta.dropout, self.training) if self.delta.dropout else x
             return y + g * F.linear(F.linear(seen, down), up)
         return y + g * (self.delta.linear(x, lambda given: y.clone() if given is x else base(given), host) - y)
 

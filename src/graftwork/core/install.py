@@ -149,9 +149,7 @@ def compile_plans(
     below = set() if branches is None else set(branches.below(modules, planned, above))
     reached = above | below | root.statistics if planned or branches is not None else set()
     before, root.armed, root.checked = root.armed, [], False
-    root.hosts = [
-        (modules[path.rpartition(".")[0]], path.rpartition(".")[2], modules[path]) for path in planned if path
-    ]
+    root.expect(planned)
     for path in sorted(reached | planned):
         module, own = modules[path], tuple(plans.get(path) for plans in made)
         if path not in planned and path and isinstance(module, (nn.ModuleList, nn.ModuleDict)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -37,6 +38,11 @@ class Root(Graft):
         self.checked = False  # a whole pass has shown which of the active plans are reached
         self.statistics: set[str] = set()  # paths of modules with running statistics, which stay the backbone's
         self.own_labels: tuple[dict[int, str], dict[str, int], int | None] | None = None
+
+    def expect(self, paths: Iterable[str]) -> None:
+        """These modules are adapted: they must stay where they are."""
+        ends = [path.rpartition(".") for path in paths if path]
+        self.hosts = [(self.body.modules[up], name, self.body.modules[up + dot + name]) for up, dot, name in ends]
 
     def look(self, model: nn.Module) -> None:
         """Before a pass: where a module that is adapted was replaced (transformers' resized output layer), read the model again.
