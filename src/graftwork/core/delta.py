@@ -29,8 +29,7 @@ class Delta(nn.Module):
         attend(q, k, v, mask, attention)        replace the attention of the site's attention module
         around(base, *args, **kwargs)           the general form: may change inputs, skip the module, or call it twice
 
-    source: which tensor x is: the "input" of the module that is edited, the sub-layer's "entry", or the input of its "norm";
-        "output" where it reads nothing but y.
+    source: which tensor x is: the "input" of the module that is edited, the sub-layer's "entry", or the input of its "norm".
     itself: it looks at its parameters themselves (their version), so that no other tensors may stand in for them.
     """
 
@@ -59,6 +58,10 @@ class Delta(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The site's output y [..., d], edited."""
         raise NotImplementedError
+
+    def reads(self, x: Tensor, y: Tensor) -> Tensor:
+        """What `forward` looks at to edit y: the query where several adapters are attended to."""
+        return x
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attention: Attention) -> Tensor:
         """out [batch, heads, queries, d_head] in the place of attention(q, k, v, mask).
@@ -115,11 +118,6 @@ class Delta(nn.Module):
     def context(self, name: str, default: Any = None) -> Any:
         """Side information of the batch, set by `gw.context`."""
         return self.runtime.context.get(name, default)
-
-    @property
-    def elsewhere(self) -> bool:
-        """Whether x is the input of another module than the one that is edited."""
-        return self.source not in ("input", "output")
 
     def overrides(self, function: str) -> bool:
         """Whether this delta has the function of that name. A combinator answers for the delta inside it."""

@@ -32,7 +32,7 @@ def _members(terms: Sequence[Term]) -> Members:
 
 
 class MixedOutput(OutputSum):
-    """y' = mix(x, y, [f_i(x_i, y)]), x being what the first member reads, y itself included. The c of a term is its number."""
+    """y' = mix(h, y, [f_i(x_i, y)]), h being what the first member reads. The c of a term is the member's number."""
 
     def __init__(self, terms: Sequence[Term], place: Callable[[Site, Delta], object], mixer: Mixer) -> None:
         super().__init__(terms, place)
@@ -47,7 +47,7 @@ class MixedOutput(OutputSum):
                 z = delta.forward(seen.get(delta, x), z)
             values.append(z)
         first = self.terms[0][1][0]
-        return self.mixer.mix(y if first.source == "output" else seen.get(first, x), y, values, self.of)
+        return self.mixer.mix(first.reads(seen.get(first, x), y), y, values, self.of)
 
 
 class MixedEdit(EditSum):

@@ -199,10 +199,13 @@ class OutputSum(Delta):
         self.terms = [(term.c, term.deltas) for term in terms]
         pieces = {delta: site for term in terms for site, delta in term.pieces}
         self.members = nn.ModuleList(pieces)
-        alike = len({(d.source, place(site, d) if d.elsewhere else None) for d, site in pieces.items()}) == 1
+        alike = len({(d.source, None if d.source == "input" else place(site, d)) for d, site in pieces.items()}) == 1
         self.source = next(iter(pieces)).source if alike else "input"
-        self.readers = [] if alike else [(site, d) for d, site in pieces.items() if d.elsewhere]
+        self.readers = [] if alike else [(site, d) for d, site in pieces.items() if d.source != "input"]
         self.itself = any(d.itself for d in pieces)
+
+    def reads(self, x: Tensor, y: Tensor) -> Tensor:
+        return y if self.readers else self.terms[0][1][0].reads(x, y)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         seen = {delta: reading(delta, x, self.runtime) for _, delta in self.readers}

@@ -43,7 +43,7 @@ class Branch(Delta):
         super().__init__()
         self.position, self.twice = position, position == "sum" and _is_norm(site)
         entry = "entry" if site.entry is not None else "input"
-        self.source = {"after": "output", "parallel": entry}.get(position, "norm")
+        self.source = {"after": "input", "parallel": entry}.get(position, "norm")
 
     def branch(self, h: Tensor) -> Tensor:
         """A(h): [..., d_in] -> [..., d_out]."""
@@ -61,7 +61,10 @@ class Branch(Delta):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if self.position == "before":
             return y + self.runtime.state.pop((self, "branch"))
-        return y + self.branch(y if self.position == "after" else y + x if self.position == "sum" else x)
+        return y + self.branch(self.reads(x, y))
+
+    def reads(self, x: Tensor, y: Tensor) -> Tensor:
+        return y if self.position == "after" else y + x if self.position == "sum" else x
 
     def overrides(self, function: str) -> bool:
         if function in ("amend", "forward"):
