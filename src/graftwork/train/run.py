@@ -31,6 +31,7 @@ from . import backbone, checkpoints
 from .arguments import arguments, processes, shard_by_block
 from .columns import ordered
 from .data import read
+from .members import check_mixed, load_frozen, placed
 from .output import check_folder, memory_peak, storage_error
 from .settings import DataSettings, TrainSettings
 from .tasks import Task, plan
@@ -73,7 +74,9 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = (), sa
     out = Path(settings.out).expanduser()
     asked = parse_methods(settings.method)
     process = processes(settings.fit)
+    name = settings.name or out.resolve().name
     check_folder(out, settings)
+    members = placed(settings.with_, name)
     rows, held_out = _rows(settings)
     config = backbone.config_of(settings.backbone)
     task = plan(settings, rows, config)
@@ -91,13 +94,14 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = (), sa
     encoded_held_out = task.encode(held_out, loaded.processor) if held_out is not None else None
     folder = out / checkpoints.FOLDER
     last = _interrupted(folder, settings, process)
-    name = settings.name or out.resolve().name
+    load_frozen(loaded.model, members)
     if last is None:
         every = backbone.with_fresh(loaded.model, asked, loaded.fresh)
         adapter = graft(loaded.model, every, name, seed=settings.fit.seed)
     else:
         say(f"going on from {last}")
         adapter = load_adapter(loaded.model, last / ADAPTER, name, trainable=True)
+    check_mixed(adapter, members)
     adapter.labels = task.labels or None
     size = sum(p.numel() for _, p in base_parameters(loaded.model))
     count = adapter.num_parameters
@@ -276,6 +280,7 @@ def _metadata(
         "metrics": scores,
         "training": {
             "method": settings.method,
+            **({"with": list(settings.with_)} if settings.with_ else {}),
             "steps": trainer.state.global_step,
             "epochs": trainer.state.epoch,
             "seconds": round(seconds, 1),

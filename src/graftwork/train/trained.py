@@ -19,10 +19,11 @@ from ..core.errors import GraftError
 from ..core.graft import activate
 from ..core.grammar import parse
 from ..core.merge import forget, merge
+from ..core.mixing import mixing
 from ..formats import load
-from ..store.hub import locate
 from . import backbone, tasks
 from .described import metadata_of
+from .members import load_frozen, placed
 from .tasks import Task, Tokens
 from .trainer import GraftTrainer
 
@@ -165,10 +166,11 @@ def open_trained(
     """The adapter of this folder on its backbone. name: the backbone's folder or hub name, where it is not what
     the file says.
 
-    more: folders of other adapters of the same backbone, which `expression` may name, each as its folder is called.
+    more: folders of other adapters of the same backbone, each called as its folder: those that `expression` names, or that the
+        adapter mixes.
     expression: what is active, e.g. "0.5*sst2 + 0.5*imdb"; None is the adapter of `folder`, whose task is the model's.
     """
-    first, *others = found = [locate(place) for place in (folder, *more)]
+    first, *others = found = placed((folder, *more))
     _check([place.name for place in found], expression)
     folder = str(first)
     metadata = metadata_of(folder).get("metadata", {})
@@ -186,21 +188,18 @@ def open_trained(
         if name is None:
             raise GraftError(error.asked, error.found, "name the backbone with --backbone") from error
         raise
-    for other in others:
-        load(loaded.model, str(other), other.name)
+    load_frozen(loaded.model, others)
     adapter = load(loaded.model, folder, None if expression is None else first.name)
     if expression is not None:
         activate(loaded.model, expression)
+    elif others and mixing(adapter) is None:
+        raise GraftError("several adapters", "no expression says what is active", "add --adapter 'a >> b'")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Trained(loaded.model.to(device).eval(), adapter, task, loaded.processor)
 
 
 def _check(names: Sequence[str], expression: str | None) -> None:
-    """GraftError where several adapters cannot be told apart, or the expression has not one output for every row."""
-    if len(names) > 1 and expression is None:
-        raise GraftError("several adapters", "no expression says what is active", "add --adapter 'a >> b'")
-    if len(set(names)) < len(names):
-        raise GraftError("several adapters", f"folders of one name: {', '.join(names)}", "call each folder otherwise")
+    """GraftError where the expression has not one output for every row."""
     if expression is not None and expression not in names and isinstance(parse(expression), Rows | Beside):
         do = "give one expression for all rows; rows and branches are for Python (gw.rows, a | b)"
         raise GraftError(f"the adapter {expression!r}", "one for each row or output", do)
