@@ -27,6 +27,7 @@ _HOME = {
     "values.combine": "combine",
     "values.parameters": "average arithmetic scale",
     "values.subtract": "subtract",
+    "values.emea": "emea",
     "values.extract": "extract",
     "values.similarity": "similarity",
     "values.soup": "nearest_domains clustered_domains metric_weights",

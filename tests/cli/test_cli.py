@@ -196,6 +196,49 @@ def test_an_expression_over_adapters(place: Path, bert: Path, capsys: pytest.Cap
         assert said in capsys.readouterr().err
 
 
+def test_a_fusion_of_trained_adapters(
+    place: Path, bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--backbone", str(bert), "--data", str(place / "rows.csv"), "--epochs", "1"]
+    members = [str(tmp_path / name) for name in "ab"]
+    beside = [option for folder in members for option in ("--with", folder)]
+    for seed, folder in enumerate(members):
+        method = ["--method", "bottleneck(d=4)", "--seed", str(seed)]
+        assert main(["train", *common, *method, "--out", folder]) == 0
+    before = [tiny.tree(Path(folder)) for folder in members]
+    out, fusion = str(tmp_path / "ab"), "fusion(of=['a', 'b'])"
+    assert main(["train", *common, "--method", fusion, *beside, "--out", out]) == 0
+    assert [tiny.tree(Path(folder)) for folder in members] == before
+    stored = json.loads((tmp_path / "ab" / "adapter.json").read_text())
+    assert stored["methods"][0]["method"]["method"] == "fusion"
+    assert stored["metadata"]["training"]["with"] == members
+    capsys.readouterr()
+
+    def scores(*options: str) -> str:
+        assert main(["predict", out, "a witty movie", *options]) == 0
+        return json.dumps([json.loads(line)["scores"] for line in capsys.readouterr().out.splitlines()])
+
+    alone = scores(*beside)
+    assert scores(*beside, "--adapter", "ab") == alone == scores(*beside, "--adapter", "fuse(a, b)")
+    assert scores(*beside, "--adapter", "b") != alone
+    assert main(["eval", out, "--data", str(place / "test.tsv"), "--json", *beside]) == 0
+    trained = stored["metadata"]["metrics"]["accuracy"]
+    assert set(json.loads(capsys.readouterr().out)) == {*stored["metadata"]["metrics"], "rows"} and 0 <= trained <= 1
+    assert main(["predict", out, "a witty movie"]) == 2
+    assert "the adapter 'a'" in capsys.readouterr().err
+    for number, (method, options, said) in enumerate(
+        (
+            (fusion, [], "the adapter 'a'"),
+            (fusion, beside[:2], "the adapter 'b'"),
+            ("fusion(of=['a', 'b'], joint=True)", beside, "only the mixture is written"),
+            ("lora(r=2)", beside, "does not use a"),
+            (fusion, [*beside, "--with", members[0]], "of one name"),
+        )
+    ):
+        assert main(["train", *common, "--method", method, *options, "--out", str(tmp_path / f"no{number}")]) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / f"no{number}").exists()
+
+
 def test_merge_writes_a_plain_model(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merge", str(place / "sst2"), "--out", str(place / "merged")]) == 0
     model, report = AutoModelForSequenceClassification.from_pretrained(place / "merged", output_loading_info=True)

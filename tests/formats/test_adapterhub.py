@@ -380,10 +380,166 @@ def test_a_head_that_computes_something_else_is_refused():
         gw.load(backbone("bert"), FILES / "heads/bert_two_layers")
 
 
-def test_fusion_layers_are_refused_by_name():
-    with pytest.raises(GraftError, match="fusion"):
-        gw.load(backbone("bert"), FILES / "fusion/setup")
-    gw.load(backbone("bert"), FILES / "fusion/setup/a")  # the adapters inside can be read
+# -- fusion layers ---------------------------------------------------------------------------------------
+
+FUSIONS = sorted(
+    folder.name for folder in (FILES / "fusion").iterdir() if folder.name not in ("setup", "bert_parallel")
+)
+
+
+def plain_copy(folder: Path, tmp_path: Path) -> Path:
+    """An adapter's folder without the head beside it."""
+    return Path(shutil.copytree(folder, tmp_path / folder.name, ignore=shutil.ignore_patterns("*head*")))
+
+
+def fused(case: str, folder: Path | None = None):
+    """(model, fusion, texts of the warnings), its two adapters loaded first."""
+    model = backbone(case.partition("_")[0])
+    for name in "ab":
+        gw.load(model, FILES / "fusion" / case / name)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        adapter = gw.load(model, folder or FILES / "fusion" / case / "both")
+    return model, adapter, [str(w.message) for w in seen if issubclass(w.category, UserWarning)]
+
+
+@pytest.mark.parametrize("case", FUSIONS)
+def test_a_fusion_computes_what_its_library_computes(case):
+    kind = case.partition("_")[0]
+    model, adapter, warned = fused(case)
+    torch.testing.assert_close(logits(model, kind), expected(FILES / "fusion" / case), rtol=0, atol=1e-5)
+    assert [m.of for m in adapter.methods] == [("a", "b")]
+    for other in ("a", "b", "mean(a, b)"):
+        with gw.using(model, other):
+            assert (logits(model, kind) - expected(FILES / "fusion" / case)).abs().max() > 1e-3
+    assert [text for text in warned if "where no adapter acts" in text] == warned and bool(warned) == (
+        case == "bert_leave_out"
+    )
+
+
+@pytest.mark.parametrize("anew", [False, True])
+@pytest.mark.parametrize("case", FUSIONS)
+def test_a_fusion_goes_there_and_back(case, anew, tmp_path):
+    kind = case.partition("_")[0]
+    model, adapter, _ = fused(case)
+    before = logits(model, kind)
+    if anew:
+        adapter.metadata = {}
+    gw.save(model, "both", tmp_path / "out", format="adapterhub")
+    files = [
+        folder / "model_adapter_fusion.safetensors" for folder in (FILES / "fusion" / case / "both", tmp_path / "out")
+    ]
+    theirs, ours = map(safetensors.torch.load_file, files)
+    assert ours and all(torch.equal(t, theirs[k]) for k, t in ours.items())
+    assert theirs.keys() == ours.keys() or case == "bert_leave_out"
+    if not anew:
+        configs = [json.loads((f.parent / "adapter_fusion_config.json").read_text()) for f in files]
+        assert configs[0] == configs[1]
+    again, twin, _ = fused(case, tmp_path / "out")
+    assert torch.equal(logits(again, kind), before) and twin.methods == adapter.methods
+
+
+def test_a_setup_is_read_folder_by_folder(tmp_path):
+    setup = FILES / "fusion/setup"
+    model = backbone("bert")
+    with pytest.raises(GraftError, match="one by one, then the folder of their fusion"):
+        gw.load(model, setup)
+    with pytest.raises(GraftError, match="no adapter 'a'"):
+        gw.load(model, setup / "a,b")
+    assert gw.adapters(model) == {}
+    for name in "ab":
+        gw.load(model, plain_copy(setup / name, tmp_path))
+    gw.load(model, setup / "a,b")  # a torch file
+    assert gw.active(model) == '"a,b"'
+    torch.testing.assert_close(logits(model, "bert"), expected(setup), rtol=0, atol=1e-5)
+    out = logits(model, "bert")
+    gw.activate(model, "fuse(a, b)")
+    assert torch.equal(logits(model, "bert"), out)
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({"query_before_ln": True}, "query_before_ln"),
+        ({"residual_before": True}, "residual_before"),
+        ({"temperature": True}, "temperature"),
+        ({"query": False}, "query = False"),
+        ({"value": "x"}, "restore the file"),
+        ({"a_new_option": 1}, "a_new_option"),
+        ({"value": False}, "belong nowhere"),
+    ],
+)
+def test_switches_of_a_fusion_that_are_not_here_are_refused(fields, found, tmp_path):
+    folder = Path(shutil.copytree(FILES / "fusion/gpt2_seq_bn/both", tmp_path / "both"))
+    about = json.loads((folder / "adapter_fusion_config.json").read_text())
+    about["config"] |= fields
+    (folder / "adapter_fusion_config.json").write_text(json.dumps(about))
+    with pytest.raises(GraftError, match=found):
+        fused("gpt2_seq_bn", folder)
+
+
+def test_a_fusion_of_adapters_beside_the_sub_layer_is_refused():
+    """There it adds the sub-layer's input once more than one adapter alone does."""
+    model = backbone("bert")
+    for name in "ab":
+        gw.load(model, FILES / "fusion/bert_parallel" / name)
+    with pytest.raises(GraftError, match="adds once more"):
+        gw.load(model, FILES / "fusion/bert_parallel/both")
+    assert set(gw.adapters(model)) == {"a", "b"}
+
+
+def made_fusion(methods=None, **options) -> torch.nn.Module:
+    """A fusion that was made here, with a head."""
+    model = backbone("bert")
+    for name in "ab":
+        gw.graft(model, methods or gw.Pfeiffer(d=4, norm="none"), name, head=False)
+    gw.graft(model, gw.Fusion(of=["a", "b"], **options), "f", seed=0)
+    with torch.no_grad():
+        for name in "abf":
+            for key, p in gw.adapters(model)[name].named_parameters():
+                p.add_(numbers(f"{name}{key}", tuple(p.shape), 0.2))
+    return model
+
+
+def test_a_fusion_made_here_goes_there_and_comes_back(tmp_path):
+    model = made_fusion()
+    for name in "abf":
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            gw.save(model, name, tmp_path / name, format="adapterhub")
+    assert ["cannot have none" in str(w.message) for w in seen] == [True]  # BERT's own dropout stands for 0 there
+    again = backbone("bert")
+    for name in "abf":
+        gw.load(again, tmp_path / name)
+    assert torch.equal(logits(again, "bert"), logits(model, "bert"))
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (lambda: made_fusion(residual=True), "attends to what the adapters add"),
+        (lambda: made_fusion(query_output=True), "asked by what they read"),
+        (lambda: made_fusion(gw.LoRA(r=2)), "bottleneck adapters alone"),
+        (lambda: made_fusion(gw.Parallel(d=4)), "adds once more"),
+        (lambda: made_fusion(gw.Bottleneck(d=4, norm="after", at="mlp")), "without their norm"),
+    ],
+)
+def test_a_fusion_that_their_files_cannot_say_is_refused(make, found, tmp_path):
+    model = make()
+    with pytest.raises(GraftError, match=found):
+        gw.save(model, "f", tmp_path / "out", format="adapterhub")
+    assert not (tmp_path / "out").exists()
+
+
+def test_mixtures_that_adapterhub_has_not_are_refused(tmp_path):
+    model = backbone("bert")
+    for name in ("a", "b", "c"):
+        gw.graft(model, gw.Pfeiffer(d=4), name, head=False)
+    gw.graft(model, gw.Weighted(of=["a", "b"]), "w", head=False)
+    gw.graft(model, gw.Fusion(of=["a >> c", "b"]), "s", head=False)
+    for name, found in (("w", "no mixture but a fusion"), ("s", "adapters by name")):
+        with pytest.raises(GraftError, match=found):
+            gw.save(model, name, tmp_path / "out", format="adapterhub")
 
 
 def changed(tmp_path: Path, case: str, **fields) -> Path:

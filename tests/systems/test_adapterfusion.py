@@ -266,3 +266,21 @@ def test_adapterfusion__refusals_change_nothing(ask, found):
         ask(model)
     assert set(dict(model.named_parameters())) == before and gw.active(model) == "a"
     assert torch.equal(states(model, "a"), out)
+
+
+def test_adapterfusion__what_the_target_task_trains_of_its_own_is_not_mixed():
+    """A pooler that came without weights is trained by every adapter, as part of its head: that of the fusion stands alone."""
+    model = members(bert(), [*gw.Pfeiffer(d=4), gw.Full(at="pooler")], "ab")
+    adapter = gw.graft(model, [gw.Fusion(of=["a", "b"]), gw.Full(at="pooler")], "f")
+    assert "pooler" not in {site.role for site in adapter.parts[0].sites}
+    model(ids()).logits.sum().backward()
+    assert all(p.grad is not None for p in adapter.parameters())
+    assert all(p.grad is None for name in "ab" for p in gw.adapters(model)[name].parameters())
+    with torch.no_grad():
+        last = model(ids(), output_hidden_states=True)
+        delta = adapter.parts[1].deltas["bert.pooler.dense:pooler"]
+        pooled = torch.tanh(F.linear(last.hidden_states[-1][:, 0], *delta.parameters()))
+        values = adapter.parts[2].deltas["classifier:head"]
+        torch.testing.assert_close(last.logits, F.linear(pooled, *values.parameters()), atol=1e-5, rtol=1e-5)
+    mixed = gw.graft(model, gw.Fusion(of=["a", "b"]), "g")  # without one of its own it is mixed, like any other place
+    assert "pooler" in {site.role for site in mixed.parts[0].sites}

@@ -15,7 +15,7 @@ def randomly(model: nn.Module, methods, name: str, seed: int, std: float = 0.3, 
     adapter = gw.graft(model, methods, name, head=False)
     generator = torch.Generator().manual_seed(seed)
     for p in adapter.parameters():
-        noise = std * torch.randn(p.shape, generator=generator)
+        noise = (std * torch.randn(p.shape, generator=generator)).to(p.dtype)
         p.data = p.data + noise if around else noise
     return adapter
 

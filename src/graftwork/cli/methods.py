@@ -95,5 +95,5 @@ def _row(name: str) -> tuple[Any, ...]:
 
 
 def _sites(made: Any) -> str:
-    """Where a method is grafted by default; a combinator stands where the method inside it does."""
-    return made.at or _sites(made.of)
+    """Where a method is grafted by default; a combinator stands where the method inside it does, a mixture where its adapters do."""
+    return made.at or ("where its adapters are" if made.mixes else _sites(made.of))

@@ -8,12 +8,16 @@ import dataclasses
 import types
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from ..train.settings import flag
+
 S = TypeVar("S")
 
 
 def add_expression(parser: argparse.ArgumentParser) -> None:
     """The options that say which adapters are active."""
-    text = "one more adapter of the same backbone, for --adapter; may be given several times"
+    text = (
+        "one more adapter of the same backbone, which --adapter names or the adapter mixes; may be given several times"
+    )
     parser.add_argument("--with", dest="more", action="append", default=[], metavar="FOLDER", help=text)
     text = "what is active, each adapter called as its folder: 'a >> b', '0.5*a + 0.5*b', 'drop(a, layers=\"0-4\")'"
     parser.add_argument("--adapter", dest="expression", metavar="EXPRESSION", help=text)
@@ -35,16 +39,16 @@ def add_options(parser: argparse.ArgumentParser, settings: type[Any], only: tupl
 
 
 def _add(parser: Any, field: dataclasses.Field[Any], kind: Any) -> None:
-    flag = f"--{field.name.replace('_', '-')}"
+    option = flag(field.name)
     required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     text = field.metadata["help"].replace("%", "%%")
     given: dict[str, Any] = {"dest": field.name, "help": text}
     base, default = _bare(kind), field.default
     if base is bool:
-        parser.add_argument(flag, action="store_true", default=default, **given)
+        parser.add_argument(option, action="store_true", default=default, **given)
         return
     if get_origin(base) is tuple:
-        parser.add_argument(flag, action="append", default=[], metavar=field.metadata["metavar"] or "VALUE", **given)
+        parser.add_argument(option, action="append", default=[], metavar=field.metadata["metavar"] or "VALUE", **given)
         return
     if get_origin(base) is Literal:
         given["choices"] = get_args(base)
@@ -52,7 +56,7 @@ def _add(parser: Any, field: dataclasses.Field[Any], kind: Any) -> None:
         given |= {"type": base, "metavar": field.metadata["metavar"] or base.__name__.upper()}
     if not required and default is not None:
         given["help"] += f" (default: {default})"
-    parser.add_argument(flag, required=required, default=None if required else default, **given)
+    parser.add_argument(option, required=required, default=None if required else default, **given)
 
 
 def _bare(kind: Any) -> Any:

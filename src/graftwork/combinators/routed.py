@@ -105,6 +105,9 @@ class MixedActivation(Delta):
     def inner(self) -> list[Delta]:
         return list(self.experts)  # type: ignore[arg-type]
 
+    def reads(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.inner()[0].reads(x, y)
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         p = self.router(x if self.by_input else y)
         if self.vectors:

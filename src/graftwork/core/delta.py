@@ -32,13 +32,14 @@ class Delta(nn.Module):
         attend(q, k, v, mask, attention)        replace the attention of the site's attention module
         around(base, *args, **kwargs)           the general form: may change inputs, skip the module, or call it twice
 
-    source: which tensor x is: the "input" of the module that is edited, the sub-layer's "entry", or the input of its "norm";
-        "output" where it reads nothing but y.
+    source: which tensor x is: the "input" of the module that is edited, the sub-layer's "entry", or the input of its "norm".
+    reading: what of x and y it looks at: "x", "y" or "x + y".
     itself: it looks at its parameters themselves (their version), so that no other tensors may stand in for them.
     A delta with an attribute `gate`, None at first, multiplies what it adds by gate(what it reads, runtime) where there is one.
     """
 
     source: str = "input"
+    reading: str = "x"
     itself: bool = False
     runtime: Runtime  # what the sites of the model share, given by `join`
     key: str  # the site's key, given by `place`
@@ -63,6 +64,10 @@ class Delta(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The site's output y [..., d], edited."""
         raise NotImplementedError
+
+    def reads(self, x: Tensor, y: Tensor) -> Tensor:
+        """What the edit of the output y is a function of."""
+        return {"x": lambda: x, "y": lambda: y, "x + y": lambda: x + y}[self.reading]()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attention: Attention) -> Tensor:
         """out [batch, heads, queries, d_head] in the place of attention(q, k, v, mask).
@@ -119,11 +124,6 @@ class Delta(nn.Module):
     def context(self, name: str, default: Any = None) -> Any:
         """Side information of the batch, set by `gw.context`."""
         return self.runtime.context.get(name, default)
-
-    @property
-    def elsewhere(self) -> bool:
-        """Whether x is the input of another module than the one that is edited."""
-        return self.source not in ("input", "output")
 
     def overrides(self, function: str) -> bool:
         """Whether this delta has the function of that name. A combinator answers for the delta inside it."""

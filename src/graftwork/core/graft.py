@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,19 +55,23 @@ def graft(
     generator = torch.Generator().manual_seed(
         int(torch.empty((), dtype=torch.int64).random_().item()) if seed is None else seed
     )
-    parts = [build(method, _sites(model, method, body), found, generator) for method in chosen]
+    own = {s.key for m in chosen if m.name == "full" for s in select(found, m.at, m.layers)}
+    parts = [build(method, _sites(model, method, body, own), found, generator) for method in chosen]
     adapter = Adapter(name, parts)
     attach(model, adapter, body)
     return adapter
 
 
-def _sites(model: nn.Module, method: Method, body: Body) -> Sequence[Site]:
-    """Where a method is grafted: as its `at` says; one that mixes adapters sits where these are."""
+def _sites(model: nn.Module, method: Method, body: Body, own: Collection[str]) -> Sequence[Site]:
+    """Where a method is grafted: as its `at` says; one that mixes adapters sits where these are.
+
+    own: the sites that the new adapter has values of its own for, which it does not mix.
+    """
     if not method.mixes:
         return select(body.anatomy, method.at, method.layers)
-    for name in {name for e in made_for(method) for name in e.names()}:
+    for name in dict.fromkeys(name for e in made_for(method) for name in e.names()):
         find(model, name)
-    there = mixed_sites(method, adapters(model), body.modules)
+    there = mixed_sites(method, adapters(model), body.modules, own)
     if method.at:
         chosen = {site.key for site in select(body.anatomy, method.at, None)}
         there = [site for site in there if site.key in chosen]

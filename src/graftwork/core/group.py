@@ -30,7 +30,6 @@ class Group:
 
     names: tuple[str, ...] = ()
     source = "input"
-    elsewhere = Delta.elsewhere
 
     def __init__(self, table: Table, key: str, members: dict[int, Any]) -> None:
         self.table, self.key, self.deltas = table, key, list(members.values())

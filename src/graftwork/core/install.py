@@ -233,7 +233,7 @@ def _add(plan_of: Callable[[str], Plan], site: Site, delta: Delta) -> None:
     if delta.overrides("forward"):
         plan_of(out).forward.append((delta, site.d))
         for place, reader in getattr(delta, "readers", ()) or [(site, delta)]:
-            if reader.elsewhere:
+            if reader.source != "input":
                 plan_of(read_path(place, reader)).capture.append(reader)
     if delta.overrides("enter"):
         edits = plan_of(read_path(site, delta)).enter
@@ -261,7 +261,7 @@ def check_readable(part: Part) -> None:
                 f"a part of the weights of {type(site.module).__name__}, which has no output of its own",
                 "choose the whole module, or a method of weights (lora)",
             )
-        if delta.overrides("enter") or (delta.overrides("forward") and delta.elsewhere):
+        if delta.overrides("enter") or (delta.overrides("forward") and delta.source != "input"):
             read_path(site, delta)
 
 

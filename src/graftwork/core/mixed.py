@@ -32,7 +32,7 @@ def _members(terms: Sequence[Term]) -> Members:
 
 
 class MixedOutput(OutputSum):
-    """y' = mix(x, y, [f_i(x_i, y)]), x being what all members read; y where they do not read the same. The c of a term is its number."""
+    """y' = mix(h, y, [f_i(x_i, y)]), h being what all members read; y where they do not read the same. The c of a term is its number."""
 
     def __init__(self, terms: Sequence[Term], place: Callable[[Site, Delta], object], mixer: Mixer) -> None:
         super().__init__(terms, place)
@@ -46,7 +46,7 @@ class MixedOutput(OutputSum):
             for delta in deltas:
                 z = delta.forward(seen.get(delta, x), z)
             values.append(z)
-        return self.mixer.mix(x if self.alike and self.source != "output" else y, y, values, self.of)
+        return self.mixer.mix(self.reads(x, y), y, values, self.of)
 
 
 class MixedEdit(EditSum):

@@ -7,7 +7,7 @@ a token stands. What a mixing method computes is in `mixer`, where it does so in
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from .adapter import Adapter, Part
@@ -169,6 +169,13 @@ def _check_mixing(e: Fuse | Route, adapters: Mapping[str, Adapter]) -> None:
     if e.by not in adapters or mixing(adapters[e.by]) is None:
         kind = "not an adapter of a mixing method" if e.by in adapters else "no adapter of that name"
         raise GraftError(f"activate {e}", f"{e.by!r} is {kind}", "give the name of one, such as gw.Fusion")
+
+
+def parts_of(e: Expr) -> Iterator[Expr]:
+    """An expression and all that it is made of."""
+    yield e
+    for t in _children(e):
+        yield from parts_of(t)
 
 
 def _children(e: Expr) -> list[Expr]:

@@ -7,7 +7,7 @@ too (see `mixed`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -95,20 +95,22 @@ def _mix(e: Fuse | Route | Split, adapters: Mapping[str, Adapter], modules: Mapp
     terms = [compiled(t, adapters, modules) for t in members]
     parts = dict.fromkeys(part for moves in terms for move in moves for part in move.parts)
     rest: list[Move] = []
+    own: frozenset[str] = frozenset()
     if isinstance(e, Split):
         who, part = tuple(range(len(members))), None
         make: Callable[[Site], Mixer] = lambda site: Ranges([n for _, n in e.of], site.tower)  # noqa: E731
     else:
         method, part = router(e, adapters)
         who = tuple(range(len(members))) if part is None else number(e, method)
-        own = Part(method, (), next(iter(parts)).anatomy)
-        make = lambda site: method.build(site, own)  # type: ignore[assignment, return-value]  # noqa: E731
+        alone = Part(method, (), next(iter(parts)).anatomy)
+        make = lambda site: method.build(site, alone)  # type: ignore[assignment, return-value]  # noqa: E731
         if part is not None:
             assert e.by is not None
             rest = [move for move in compiled(A(e.by), adapters, modules) if part not in move.parts]
+            own = frozenset(site.key for p in adapters[e.by].parts if p.method.name == "full" for site in p.sites)
             parts[part] = None
     out: list[tuple[Site, Delta]] = []
-    for (kind, path), group in mixed_places(e, list(zip(who, terms, strict=True)), modules):
+    for (kind, path), group in mixed_places(e, list(zip(who, terms, strict=True)), modules, own):
         site = group[0].pieces[0][0]
         if part is None:
             mixer = make(site)
@@ -133,13 +135,19 @@ def _mix(e: Fuse | Route | Split, adapters: Mapping[str, Adapter], modules: Mapp
 
 
 def mixed_places(
-    e: Expr, terms: Sequence[tuple[int, Sequence[Move]]], modules: Mapping[str, nn.Module]
+    e: Expr,
+    terms: Sequence[tuple[int, Sequence[Move]]],
+    modules: Mapping[str, nn.Module],
+    own: Collection[str] = (),
 ) -> list[tuple[Place, list[Term]]]:
-    """The places where members (number, moves) are mixed; heads are none of them, and slices of one weight are each their own."""
+    """The places where members (number, moves) are mixed; slices of one weight are each their own.
+
+    own: sites whose values come with the mixture itself (a new pooler). These and heads are not mixed.
+    """
     out: list[tuple[Place, list[Term]]] = []
     kinds: dict[str, str] = {}
     for (kind, path), group in by_place(e, terms):
-        kept = [Term(t.c, tuple(p for p in t.pieces if p[0].role != HEAD)) for t in group]
+        kept = [Term(t.c, tuple(p for p in t.pieces if p[0].role != HEAD and p[0].key not in own)) for t in group]
         group = [term for term in kept if term.pieces]
         if not group:
             continue
@@ -157,11 +165,13 @@ def mixed_places(
     return out
 
 
-def mixed_sites(method: Method, adapters: Mapping[str, Adapter], modules: Mapping[str, nn.Module]) -> list[Site]:
-    """Where a mixing method has its deltas: a site for each place that one of its members changes."""
+def mixed_sites(
+    method: Method, adapters: Mapping[str, Adapter], modules: Mapping[str, nn.Module], own: Collection[str] = ()
+) -> list[Site]:
+    """Where a mixing method has its deltas: a site for each place that one of its members changes, but for those in `own`."""
     members = made_for(method)
     terms = [(i, compiled(t, adapters, modules)) for i, t in enumerate(members)]
-    found = [group[0].pieces[0][0] for _, group in mixed_places(members[0], terms, modules)]
+    found = [group[0].pieces[0][0] for _, group in mixed_places(members[0], terms, modules, own)]
     return list({site.key: site for site in found}.values())
 
 

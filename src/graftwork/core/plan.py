@@ -197,7 +197,7 @@ def on_rows(delta: WeightDelta, base: Callable[[Tensor], Tensor], host: Host, x:
 
 def reading(delta: Delta, x: Any, runtime: Runtime) -> Any:
     """What a delta reads beside the output that it edits: x, the module's input, or what was captured for it in this pass."""
-    if not delta.elsewhere:
+    if delta.source == "input":
         return x
     read = runtime.state.pop(delta, None)
     if read is None:

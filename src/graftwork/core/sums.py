@@ -188,9 +188,10 @@ class OutputSum(Delta):
         self.terms = [(term.c, term.deltas) for term in terms]
         pieces = {delta: site for term in terms for site, delta in term.pieces}
         self.members = nn.ModuleList(pieces)
-        self.alike = len({(d.source, place(site, d) if d.elsewhere else None) for d, site in pieces.items()}) == 1
-        self.source = next(iter(pieces)).source if self.alike else "input"
-        self.readers = [] if self.alike else [(site, d) for d, site in pieces.items() if d.elsewhere]
+        alike = len({(d.source, None if d.source == "input" else place(site, d)) for d, site in pieces.items()}) == 1
+        self.source = next(iter(pieces)).source if alike else "input"
+        self.readers = [] if alike else [(site, d) for d, site in pieces.items() if d.source != "input"]
+        self.reading = next(iter(pieces)).reading if alike and len({d.reading for d in pieces}) == 1 else "y"
         self.itself = any(d.itself for d in pieces)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .algebra import Expr, as_expr, drop
 from .errors import GraftError
 from .graft import active, adapters
-from .mixing import Fuse, Route, bare, made_for, resolved, router
+from .mixing import Fuse, Route, bare, made_for, parts_of, resolved, router
 from .root import body_of, root_of
 
 
@@ -101,15 +101,9 @@ def _members(e: Fuse | Route, model: nn.Module) -> tuple[str, ...]:
 def _mixture(model: nn.Module) -> Fuse | Route:
     """The one mixture that is active."""
     text = active(model)
-    found = [] if text is None else list(_mixtures(resolved(as_expr(text), adapters(model))))
+    e = None if text is None else resolved(as_expr(text), adapters(model))
+    found = [] if e is None else [t for t in parts_of(e) if isinstance(t, Fuse | Route)]
     if len(found) != 1:
         what = f"{len(found)} mixtures in {text}" if text else "nothing is active"
         raise GraftError("the weights of a mixture", what, "activate one fuse(...) or route(...)")
     return found[0]
-
-
-def _mixtures(e: Expr) -> Iterator[Fuse | Route]:
-    if isinstance(e, Fuse | Route):
-        yield e
-    for t in e.of if isinstance(e, Fuse) else e.inner():
-        yield from _mixtures(t)

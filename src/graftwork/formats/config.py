@@ -13,8 +13,8 @@ LARGEST, LONGEST = 2**53, 300
 class Config:
     """The fields of a config. Each is taken with its type and default; `finish` refuses what was not taken."""
 
-    def __init__(self, data: dict[str, Any], asked: str) -> None:
-        self.data, self.asked = data, asked
+    def __init__(self, data: dict[str, Any], asked: str, file: str = "adapter_config.json") -> None:
+        self.data, self.asked, self.file = data, asked, file
         self.warnings: list[str] = []
         self._taken: set[str] = set()
 
@@ -59,4 +59,4 @@ class Config:
     def error(self, found: str, do: str) -> GraftError:
         """The error that reading this config ends in."""
         short = found if len(found) <= LONGEST else f"{found[:LONGEST]} ..."
-        return GraftError(f"{self.asked}: adapter_config.json", short, do)
+        return GraftError(f"{self.asked}: {self.file}", short, do)

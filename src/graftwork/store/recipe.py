@@ -23,6 +23,7 @@ from ..core.algebra import A, Expr
 from ..core.errors import GraftError
 from ..core.graft import activate, active, adapters, check_name, find, remove
 from ..core.grammar import parse
+from ..core.mixing import Fuse, Route, parts_of, resolved
 from ..core.substitute import substitute
 from .atomic import CARD, DESCRIPTION, TENSORS, new_folder, place_folder
 from .card import of_recipe
@@ -103,6 +104,7 @@ def load_recipe(model: nn.Module, recipe: Recipe, name: str | None = None, train
     Raises GraftError as `load`; the model is then as it was.
     """
     called = {n: n if name is None else f"{name}/{n}" for n in recipe.names}
+    _check_mixers(recipe.expression, called, f"load {str(recipe.folder)!r} as {name!r}")
     before = active(model)
     for new in called.values():
         check_name(model, new)
@@ -126,10 +128,14 @@ def save_recipe(model: nn.Module, e: Expr, folder: str | Path, resume: bool = Fa
     An adapter called x/a is called a in there.  resume: as in `save`.
     Raises GraftError as `save`, and for names that are no names of folders, or alike as such; nothing is written then.
     """
+    for name in e.names():
+        find(model, name)
+    e = resolved(e, adapters(model))  # what mixes adapters is one of the names
     members = [find(model, name) for name in e.names()]
     place = new_folder(folder)
     called = {member.name: member.name.rpartition("/")[2] for member in members}
     asked = f"save {e} into {str(folder)!r}"
+    _check_mixers(e, called, asked)
     for name, short in called.items():
         if not _plain(short):
             raise GraftError(asked, f"an adapter called {name!r}", "load it under a plain name, gw.load(..., name='a')")
@@ -146,6 +152,13 @@ def save_recipe(model: nn.Module, e: Expr, folder: str | Path, resume: bool = Fa
 
     place_folder(place, write)
     return place
+
+
+def _check_mixers(e: Expr, called: dict[str, str], asked: str) -> None:
+    """GraftError where adapters would be called otherwise than in the file of what mixes them."""
+    if any(isinstance(t, Fuse | Route) for t in parts_of(e)) and any(old != new for old, new in called.items()):
+        found = "a mixture of adapters, which knows them by their names"
+        raise GraftError(asked, found, "keep their names: load them under plain ones, and the recipe without a name")
 
 
 def _rows(members: Sequence[Adapter], called: dict[str, str]) -> list[tuple[Any, ...]]:

@@ -27,6 +27,7 @@ from ..core.moments import calibrate
 from ..core.text import parse_methods
 from ..store import load as load_adapter
 from ..store import save
+from ..store.hub import locate
 from . import backbone, checkpoints
 from .arguments import arguments, processes, shard_by_block
 from .columns import ordered
@@ -34,6 +35,7 @@ from .data import read
 from .output import check_folder, memory_peak, storage_error
 from .row_tasks import into_context, marked, with_tasks
 from .settings import DataSettings, TrainSettings
+from .several import by_name, check_mixed, load_named
 from .tasks import Task, plan
 from .trainer import ADAPTER, Best, GraftTrainer, Interrupt, gathered
 
@@ -74,7 +76,9 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = (), sa
     out = Path(settings.out).expanduser()
     asked = parse_methods(settings.method)
     process = processes(settings.fit)
+    name = settings.name or out.resolve().name
     check_folder(out, settings)
+    members = by_name([locate(folder) for folder in settings.with_], name)
     rows, held_out = _rows(settings)
     config = backbone.config_of(settings.backbone)
     task = plan(settings, rows, config)
@@ -93,13 +97,14 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = (), sa
     encoded_held_out = marked(task.encode(held_out, loaded.processor), held_out, task, asked) if held_out else None
     folder = out / checkpoints.FOLDER
     last = _interrupted(folder, settings, process)
-    name = settings.name or out.resolve().name
+    load_named(loaded.model, members)
     if last is None:
         every = backbone.with_fresh(loaded.model, asked, loaded.fresh)
         adapter = graft(loaded.model, every, name, seed=settings.fit.seed)
     else:
         say(f"going on from {last}")
         adapter = load_adapter(loaded.model, last / ADAPTER, name, trainable=True)
+    check_mixed(adapter, list(members))
     adapter.labels = task.labels or None
     size = sum(p.numel() for _, p in base_parameters(loaded.model))
     count = adapter.num_parameters
@@ -278,6 +283,7 @@ def _metadata(
         "metrics": scores,
         "training": {
             "method": settings.method,
+            **({"with": list(settings.with_)} if settings.with_ else {}),
             "steps": trainer.state.global_step,
             "epochs": trainer.state.epoch,
             "seconds": round(seconds, 1),

@@ -45,13 +45,18 @@ def given(v: Any) -> str:
     return "" if isinstance(v, str) and v.strip() else "a text"
 
 
+def flag(name: str) -> str:
+    """The option of the command line for a field: --with for with_, which Python keeps for itself."""
+    return f"--{name.rstrip('_').replace('_', '-')}"
+
+
 def check(settings: Any) -> None:
     """GraftError for the first setting out of its range."""
     for field in dataclasses.fields(settings):
         test, value = field.metadata.get("check"), getattr(settings, field.name)
         wanted = test(value) if test is not None else ""
         if wanted:
-            name = f"--{field.name.replace('_', '-')}"
+            name = flag(field.name)
             raise GraftError(f"the setting {name}", repr(value), f"give {wanted}: {field.metadata['help']}")
 
 
@@ -149,6 +154,11 @@ class TrainSettings:
         'methods, joined with +, e.g. "lora(r=8)" or "prefix(length=30) + parallel(d=512)"',
         default="lora(r=8)",
         check=given,
+    )
+    with_: tuple[str, ...] = option(
+        "a trained adapter that the method mixes, called as its folder, for fusion(of=['a', 'b']); frozen; may be repeated",
+        default=(),
+        metavar="FOLDER",
     )
     task: TaskName = option("what is learnt; auto guesses from the columns and the backbone", default="auto")
     name: str | None = option("the adapter's name; by default the folder's", default=None)

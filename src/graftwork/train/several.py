@@ -13,6 +13,7 @@ from ..core.algebra import A, Beside, Expr, Rows, as_expr
 from ..core.errors import GraftError, nearest
 from ..core.graft import active
 from ..core.grammar import parse
+from ..core.mixing import mixing
 from ..core.substitute import substitute
 from ..formats import load
 from ..store.hub import Place
@@ -27,8 +28,9 @@ class Named:
 
 
 def load_named(model: nn.Module, folders: Mapping[str, str | Path]) -> dict[str, Named]:
-    """Load the adapter in each folder under its name; a recipe's adapters as NAME/a."""
-    return {name: Named(load(model, folder, name), as_expr(active(model) or "")) for name, folder in folders.items()}
+    """Load the adapter in each folder under its name, the first one last: it may mix the others. A recipe's adapters are NAME/a."""
+    made = {n: Named(load(model, folders[n], n), as_expr(active(model) or "")) for n in reversed(list(folders))}
+    return {name: made[name] for name in folders}
 
 
 def whole(e: Expr, named: Mapping[str, Named]) -> Expr:
@@ -40,11 +42,11 @@ def whole(e: Expr, named: Mapping[str, Named]) -> Expr:
     return there
 
 
-def by_name(places: Sequence[Place]) -> dict[str, str]:
-    """The folders by what a person calls them. GraftError where two are called alike."""
+def by_name(places: Sequence[Place], own: str | None = None) -> dict[str, str]:
+    """The folders by what a person calls them. GraftError where two, or one and the name `own`, are called alike."""
     folders = {place.name: str(place) for place in places}
-    if len(folders) < len(places):
-        names = ", ".join(place.name for place in places)
+    if len(folders) < len(places) or own in folders:
+        names = ", ".join([*(place.name for place in places), *([] if own is None else [own])])
         raise GraftError("several adapters", f"folders of one name: {names}", "call each folder otherwise")
     return folders
 
@@ -57,3 +59,15 @@ def over(text: str, names: Mapping[str, object]) -> Expr:
             found = f"no such folder, and adapters called {', '.join(names)}{nearest(name, names)}"
             raise GraftError(f"the adapter {name!r} of {text!r}", found, "give its folder: --with FOLDER")
     return e
+
+
+def check_mixed(adapter: Adapter, members: Sequence[str]) -> None:
+    """GraftError where an adapter that is to be trained does not mix those beside it, or would train them without keeping them."""
+    part = mixing(adapter)
+    asked = f"train {' + '.join(map(str, adapter.methods))}"
+    if part is None and members:
+        do = f'leave --with out, or mix them: --method "fusion(of={list(members)})"'
+        raise GraftError(asked, f"it does not use {members[0]}", do)
+    if part is not None and part.method.joint:  # type: ignore[attr-defined]
+        do = "leave joint out, or train them together in Python, and save each"
+        raise GraftError(asked, "joint trains the adapters that it mixes, and only the mixture is written", do)

@@ -19,6 +19,7 @@ from ..core.algebra import A
 from ..core.errors import GraftError
 from ..core.graft import activate
 from ..core.merge import forget, merge
+from ..core.mixing import mixing
 from ..core.moments import context
 from ..store.hub import locate
 from . import backbone, tasks
@@ -181,15 +182,16 @@ def open_trained(
     """The adapter of this folder on its backbone. name: the backbone's folder or hub name, where it is not what
     the file says.
 
-    more: folders of other adapters of the same backbone, which `expression` may name, each as its folder is called.
+    more: folders of other adapters of the same backbone, each called as its folder: those that `expression` names, or that the
+        adapter mixes.
     expression: what is active, e.g. "0.5*sst2 + 0.5*imdb"; None is the adapter of `folder`, whose task is the model's.
     """
     places = [locate(place) for place in (folder, *more)]
-    if len(places) > 1 and expression is None:
-        raise GraftError("several adapters", "no expression says what is active", "add --adapter 'a >> b'")
     folders = by_name(places)
     e = A(places[0].name) if expression is None else over(expression, folders)
     trained, named = open_named(folders, name)
+    if more and expression is None and mixing(trained.adapter) is None:
+        raise GraftError("several adapters", "no expression says what is active", "add --adapter 'a >> b'")
     activate(trained.model, whole(e, named))
     return trained
 

@@ -13,23 +13,24 @@ from torch import Tensor
 from ...core.adapter import Adapter
 from ...core.body import Body
 from ...core.errors import GraftError
+from ...core.mixing import mixing
 from ...store.read import Stored
 from ..config import Config
 from ..files import read_json, read_tensors, write_files
-from ..pieces import gather, grouped
-from . import heads
+from ..pieces import Piece, gather, grouped
+from . import fusion, heads
 from .bottleneck import Bottlenecks
 from .compacter import Compacters
 from .family import Family
 from .gates import Gates
 from .lora import Loras
-from .names import Names
+from .names import Names, as_here
 from .prefix import Prefixes
 from .reft import Refts
 from .writing import configured, held
 
 CONFIG, SAFE, TORCH = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
-OTHERS = ("adapter_setup.json", "adapter_fusion_config.json")
+SETUP = "adapter_setup.json"
 PLAIN: tuple[Family, ...] = (Bottlenecks(), Compacters(), Loras(), Prefixes(), Refts())
 FAMILIES: tuple[Family, ...] = (*(Gates(family) for family in PLAIN), *PLAIN)
 # before there were names of their own for each: kinds of adapters, and what they are called now
@@ -49,22 +50,23 @@ class AdapterHub:
     name = "adapterhub"
 
     def recognises(self, folder: Path) -> bool:
-        if any((folder / name).is_file() for name in OTHERS):
+        if any((folder / name).is_file() for name in (SETUP, fusion.CONFIG)):
             return True
         return (folder / CONFIG).is_file() and any((folder / name).is_file() for name in (SAFE, TORCH))
 
     def read(self, folder: Path, body: Body, partial: bool = False) -> Stored:
         asked = f"load {str(folder)!r}"
-        for other in OTHERS:
-            if (folder / other).is_file():
-                found = f"{other}: adapters joined by a fusion layer or another composition"
-                raise GraftError(asked, found, "graftwork has no such layer; load the adapters inside one by one")
+        if (folder / fusion.CONFIG).is_file():
+            return self._read_fusion(folder, body, asked, partial)
+        if (folder / SETUP).is_file():
+            do = "load the adapters inside one by one, then the folder of their fusion"
+            raise GraftError(asked, f"{SETUP}: several adapters in folders of their own", do)
         about = read_json(folder / CONFIG)
         name, inner = about.get("name"), about.get("config")
         if not (isinstance(name, str) and name and isinstance(inner, dict)):
             raise GraftError(f"{asked}: {CONFIG}", "no name, or no config", "restore the file")
         names = Names(body, name)
-        tensors = _as_here(_read(folder, asked), names)
+        tensors = as_here(_read(folder, asked), names)
         configs = [Config(one, asked) for one in _configs(_upright(inner, about), asked)]
         families = [_family(config, asked) for config in configs]
         warnings: list[str] = []
@@ -77,17 +79,43 @@ class AdapterHub:
         metadata: dict[str, Any] = {"about": {k: v for k, v in about.items() if k != "config"}} | (
             {"config": inner} if all(exact) else {}
         )
+        return self._stored(folder, names, made, tensors, metadata, warnings, asked, partial)
+
+    def _read_fusion(self, folder: Path, body: Body, asked: str, partial: bool) -> Stored:
+        about = fusion.read_config(folder, asked)
+        names, warnings = Names(body, about["name"]), []
+        method = fusion.method_of(about, names, asked)
+        tensors = as_here(fusion.read_layers(folder, asked), names)
+        made = grouped([(method, fusion.slots(method, names, asked))])
+        for key in fusion.unused(tensors, {slot.key for piece in made for slot in piece.slots}, names):
+            del tensors[key]
+            warnings = ["layers of the fusion where no adapter acts are left out"]
+        metadata = {"about": {k: v for k, v in about.items() if k != "config"}, "config": about["config"]}
+        return self._stored(folder, names, made, tensors, metadata, warnings, asked, partial)
+
+    def _stored(
+        self,
+        folder: Path,
+        names: Names,
+        made: list[Piece],
+        tensors: dict[str, Tensor],
+        metadata: dict[str, Any],
+        warnings: list[str],
+        asked: str,
+        partial: bool,
+    ) -> Stored:
+        """All that was read, with the head beside it."""
         head, labels = heads.read_head(folder, asked), None
         if head is not None:
-            made += grouped(heads.pieces(head[0], names, head[1]))
-            tensors |= head[1]
+            made = made + grouped(heads.pieces(head[0], names, head[1]))
+            tensors = tensors | head[1]
             labels, metadata["head"] = heads.labels(head[0]), head[0].data
         methods, by_site, left = gather(made, tensors, asked, partial)
         warned = tuple(dict.fromkeys((*warnings, *left)))
-        return Stored(name, methods, by_site, labels, None, {self.name: metadata}, warned)
+        return Stored(names.adapter, methods, by_site, labels, None, {self.name: metadata}, warned)
 
     def backbone(self, folder: Path) -> tuple[str | None, str | None]:
-        about = read_json(folder / CONFIG)
+        about = read_json(folder / (fusion.CONFIG if (folder / fusion.CONFIG).is_file() else CONFIG))
         found = [about.get(field) for field in ("model_name", "model_class")]
         name, kind = (word if isinstance(word, str) and word else None for word in found)
         return name, None if kind is None or kind.endswith("AdapterModel") else kind
@@ -97,10 +125,15 @@ class AdapterHub:
         names = Names(body, adapter.name)
         before = adapter.metadata.get(self.name)
         before = before if isinstance(before, dict) else {}
-        parts, head = held(adapter, names, FAMILIES, asked)
-        inner, tensors = configured(parts, names, _configs, before.get("config"), FAMILIES, asked)
-        about = {**(before.get("about") or {}), **_about(names), "name": adapter.name, "config": inner}
-        files = {SAFE: safetensors.torch.save(tensors), CONFIG: _text(about)}
+        about = {**(before.get("about") or {}), **_about(names), "name": adapter.name}
+        if mixing(adapter) is not None:
+            inner, of, tensors, head = fusion.written(adapter, names, before.get("config"), asked)
+            about |= {"config": inner, "adapter_names": of}
+            files = {fusion.SAFE: safetensors.torch.save(tensors), fusion.CONFIG: _text(about)}
+        else:
+            parts, head = held(adapter, names, FAMILIES, asked)
+            inner, tensors = configured(parts, names, _configs, before.get("config"), FAMILIES, asked)
+            files = {SAFE: safetensors.torch.save(tensors), CONFIG: _text(about | {"config": inner})}
         if head:
             said, values = heads.write(head, names, adapter.labels, before.get("head"))
             files |= {heads.SAFE: safetensors.torch.save(values), heads.CONFIG: _text({**_about(names), **said})}
@@ -164,18 +197,3 @@ def _read(folder: Path, asked: str) -> dict[str, Tensor]:
         if (folder / name).is_file():
             return read_tensors(folder / name)
     raise GraftError(asked, f"neither {SAFE} nor {TORCH}", "the folder is half-written: restore it")
-
-
-def _as_here(tensors: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
-    """The tensors under today's names, and with the prefix that this model has: a file may come from one with another head, or none."""
-    own = f"{getattr(names.model, 'base_model_prefix', '')}."
-    made = {}
-    for key, value in tensors.items():
-        for old, new in LEGACY.items():
-            key = key.replace(f".{old}.{names.adapter}.", f".{new}.{names.adapter}.")
-        if own != "." and not names.base:
-            key = key.removeprefix(own)
-        elif names.base and not key.startswith(names.base):
-            key = names.base + key
-        made[key] = value
-    return made

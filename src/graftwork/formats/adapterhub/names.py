@@ -5,10 +5,12 @@ The names are those of checkpoints: where transformers renamed modules since (Vi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
+
+from torch import Tensor
 
 from ...core.body import Body
 from ...core.errors import GraftError
@@ -16,6 +18,13 @@ from ...core.site import Site
 
 WORDS = {"self": "attention_adapters", "cross": "cross_attention_adapters", "mlp": "output_adapters"}
 LAST = {"self": "o", "cross": "o", "mlp": "down"}
+# before there were names of their own for each: kinds of adapters, and what they are called now
+LEGACY = {
+    "attention_text_task_adapters": "adapters",
+    "attention_text_lang_adapters": "adapters",
+    "layer_text_task_adapters": "adapters",
+    "layer_text_lang_adapters": "adapters",
+}
 
 
 @dataclass
@@ -160,3 +169,18 @@ def _renaming(model: Any) -> Any:
     plain = [one for one in forward if isinstance(one, WeightRenaming) and not isinstance(one, PrefixChange)]
     backward: Any = [one.reverse_transform() for one in reversed(plain)]
     return lambda name: apply_renamings(name, backward)
+
+
+def as_here(tensors: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
+    """The tensors under today's names, and with the prefix that this model has: a file may come from one with another head, or none."""
+    own = f"{getattr(names.model, 'base_model_prefix', '')}."
+    made = {}
+    for key, value in tensors.items():
+        for old, new in LEGACY.items():
+            key = key.replace(f".{old}.{names.adapter}.", f".{new}.{names.adapter}.")
+        if own != "." and not names.base:
+            key = key.removeprefix(own)
+        elif names.base and not key.startswith(names.base):
+            key = names.base + key
+        made[key] = value
+    return made

@@ -44,7 +44,8 @@ class Branch(Delta):
         self.position, self.twice = position, position == "sum" and _is_norm(site)  # behind the residual add
         self.gate: nn.Module | None = None
         entry = "entry" if site.entry is not None else "input"
-        self.source = {"after": "output", "parallel": entry}.get(position, "norm")
+        self.reading = {"after": "y", "sum": "x + y"}.get(position, "x")
+        self.source = {"after": "input", "parallel": entry}.get(position, "norm")
 
     def branch(self, h: Tensor) -> Tensor:
         """A(h): [..., d_in] -> [..., d_out]."""
@@ -66,7 +67,7 @@ class Branch(Delta):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if self.position == "before":
             return y + self.runtime.state.pop((self, "branch"))
-        return y + self.gated(y if self.position == "after" else y + x if self.position == "sum" else x)
+        return y + self.gated(self.reads(x, y))
 
     def overrides(self, function: str) -> bool:
         if function in ("amend", "forward"):
