@@ -37,7 +37,7 @@ class Dropped(Substituted):
 
     def setup(self, delta: Delta, site: Site) -> None:
         self.delta, self.layer, self.depth = delta, site.layer, site.depth
-        self.source, self.itself = delta.source, delta.itself
+        self.source, self.reading, self.itself = delta.source, delta.reading, delta.itself
 
     @property
     def inside(self) -> Delta:

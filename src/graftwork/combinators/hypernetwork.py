@@ -93,7 +93,7 @@ class Written(Substituted):
         # in a tuple: the template is no child, and the shared modules are registered once, at the model's root
         self._parts = (template.to("meta").requires_grad_(False), tasks, tower)
         self._names, self._kind, self._place = names, kind, place
-        self.source = template.source
+        self.source, self.reading = template.source, template.reading
         self.additive = isinstance(template, WeightDelta) and template.additive
 
     @property

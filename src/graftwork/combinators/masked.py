@@ -25,7 +25,7 @@ class Masked(Substituted):
     def setup(self, delta: Delta, decided: bool) -> None:
         """decided: no calibration will follow."""
         self.delta, self.masks = delta, nn.Module()
-        self.source = delta.source
+        self.source, self.reading = delta.source, delta.reading
         self.additive = isinstance(delta, WeightDelta) and delta.additive
         self.lasting = isinstance(delta, WeightDelta) and delta.lasting
         self.decided, self.scoring, self.absolute, self.rounds = decided, False, False, 0

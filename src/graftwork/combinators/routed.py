@@ -99,14 +99,12 @@ class MixedActivation(Delta):
         super().__init__()
         self.experts = nn.ModuleList(experts)
         self.router = Router(method, site)
+        self.reading = experts[0].reading
         self.source, self.by_input = experts[0].source, reads_input(site) and self.router.heads == 1
         self.vectors = are_vectors(experts[0])
 
     def inner(self) -> list[Delta]:
         return list(self.experts)  # type: ignore[arg-type]
-
-    def reads(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.inner()[0].reads(x, y)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         p = self.router(x if self.by_input else y)

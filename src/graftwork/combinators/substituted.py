@@ -69,8 +69,5 @@ class Substituted:
     def auxiliary_loss(self) -> Tensor | None:
         return self.run("auxiliary_loss")
 
-    def reads(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.inside.reads(x, y)
-
     def overrides(self, function: str) -> bool:
         return self.inside.overrides(function)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 class Reft(Delta):
     """edits: the (R, W, b) of the first and of the last positions, or of both."""
 
+    reading = "y"
+
     def __init__(self, method: LoReFT, site: Site) -> None:
         super().__init__()
         like = next(site.module.parameters())
@@ -34,9 +36,6 @@ class Reft(Delta):
     def itself(self) -> bool:  # type: ignore[override]
         """An R from a file is known by the version of its parameter."""
         return any(edit.given is not None for edit in self.edits)
-
-    def reads(self, x: Tensor, y: Tensor) -> Tensor:
-        return y
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if self.span is None or y.dim() < 3:
