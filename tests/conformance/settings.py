@@ -1,6 +1,7 @@
 """The one table of the suite: with which settings each method is tried, and what is expected of it.
 
-Every registered method is in the suite. One without a row here is tried with its defaults, wherever it can sit.
+Every registered method is in the suite. One without a row here is tried with its defaults, wherever it can sit. Those that mix other
+adapters sit where these do: `test_mixing.py` tries them over members.
 """
 
 from __future__ import annotations
@@ -167,7 +168,7 @@ def _example() -> None:
 def _cases() -> tuple[list[Case], list[Case]]:
     """The cases that a method accepts, and those it refuses."""
     accepted, refused = [], []
-    for name in sorted(REGISTRY):
+    for name in sorted(name for name, made in REGISTRY.items() if not made.mixes):
         for setting in SETTINGS.get(name, [Setting()]):
             for host in HOSTS:
                 if setting.hosts is not None and host.name not in setting.hosts.split():
