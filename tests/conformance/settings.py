@@ -114,7 +114,7 @@ SETTINGS: dict[str, list[Setting]] = {
     ],
     "prefix": [
         Setting({"length": 3, "mid": 8}, identity=False, refuses=NOT_ATTENTION),
-        Setting({"length": 3, "reparam": "none"}, "plain", identity=False, hosts="bert llama t5"),
+        Setting({"length": 3, "reparam": "flat"}, "plain", identity=False, hosts="bert llama t5"),
     ],
     "llama_adapter": [Setting({"length": 3}, identity=True, exact=False, refuses=NOT_ATTENTION)],
     "prompt": [Setting({"length": 3}, identity=False, refuses=f"{LAYERS} encoder vit")],
