@@ -26,9 +26,7 @@ def test_the_table_says_who_refuses_what():
             assert setting.refuses is None or refused == set(setting.refuses.split()), f"{name} {setting.label}"
 
 
-@pytest.mark.parametrize(
-    "name", sorted(name for name in REGISTRY if not REGISTRY[name].mixes)
-)  # for these: test_mixing
+@pytest.mark.parametrize("name", sorted(name for name, made in REGISTRY.items() if not made.mixes))
 def test_every_method_sits_somewhere(name: str):
     assert [c for c in CASES if c.name == name]
     assert str(REGISTRY[name]()).startswith(name)

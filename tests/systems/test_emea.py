@@ -207,6 +207,16 @@ def test_emea__errors_leave_the_model_as_it_was(given, found):
         )
 
 
+def test_emea__each_row_has_its_weights_whatever_else_is_in_the_batch():
+    model = ensemble()
+    positions = {"position_ids": torch.arange(7)[None]}
+    one, two = (gw.emea(model, LANGUAGES, more | batch(), behind="ner") for more in ({}, positions))
+    torch.testing.assert_close(two.logits, one.logits)
+    with pytest.raises(GraftError, match="2 rows, and weights of 3"):
+        gw.emea(model, LANGUAGES, batch() | {"labels": torch.zeros(3, dtype=torch.long)})
+    assert set(gw.adapters(model)) == {*LANGUAGES, "ner"} and gw.active(model) is None
+
+
 def test_emea__a_model_without_logits_is_refused():
     model = bert().bert
     members(model, gw.Pfeiffer(d=4), "ab")

@@ -155,16 +155,16 @@ class TrainSettings:
         default="lora(r=8)",
         check=given,
     )
-    with_: tuple[str, ...] = option(
-        "a trained adapter that the method mixes, called as its folder, for fusion(of=['a', 'b']); frozen; may be repeated",
-        default=(),
-        metavar="FOLDER",
-    )
     task: TaskName = option("what is learnt; auto guesses from the columns and the backbone", default="auto")
     name: str | None = option("the adapter's name; by default the folder's", default=None)
     fit: FitSettings = dataclasses.field(default_factory=FitSettings, metadata={"help": "the training"})
     resume: bool = option("go on from the last checkpoint in --out, if there is one", default=False)
     overwrite: bool = option("replace what an earlier run left in --out", default=False)
+    with_: tuple[str, ...] = option(
+        "a trained adapter that the method mixes, called as its folder, for fusion(of=['a', 'b']); frozen; may be repeated",
+        default=(),
+        metavar="FOLDER",
+    )
 
     def __post_init__(self) -> None:
         check(self)

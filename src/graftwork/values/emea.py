@@ -97,8 +97,10 @@ def _free(model: nn.Module) -> str:
 
 
 def _rows(batch: Mapping[str, Any], asked: str) -> int:
-    rows = next((len(t) for t in batch.values() if isinstance(t, Tensor) and t.dim()), None)
-    if rows is None:
+    rows = max(
+        (len(t) for t in batch.values() if isinstance(t, Tensor) and t.dim()), default=0
+    )  # positions may be [1, seq]
+    if not rows:
         raise GraftError(asked, "no tensor in the batch", "give what the model is called with, {'input_ids': ...}")
     return rows
 

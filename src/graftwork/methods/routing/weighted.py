@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from graftwork.core.adapter import Part
+from graftwork.core.errors import GraftError
 from graftwork.core.fields import flag, words
 from graftwork.core.initial import parameter, zeros
 from graftwork.core.method import Method, method
@@ -51,6 +52,9 @@ class WeightedMixer(Mixer):
     def weights(self, x: Tensor, y: Tensor, members: Members) -> Tensor:
         a = self.logits[..., list(members.who)]
         if a.dim() > 1:  # [batch, n] beside y [batch, ..., d]
+            if len(a) != len(y):
+                found = f"{len(y)} rows, and weights of {len(a)}"
+                raise GraftError(f"a mixture at {self.key}", found, "mix adapters where the first axis is the batch")
             a = a.reshape(a.shape[0], *[1] * (y.dim() - 2), -1)
         return torch.softmax(a, -1)
 
