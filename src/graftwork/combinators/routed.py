@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftwork.core.delta import Delta, WeightDelta, functional
+from graftwork.core.delta import Delta, WeightDelta
 from graftwork.core.errors import GraftError
 from graftwork.core.plan import Host
 from graftwork.core.site import Site
+from graftwork.core.swap import functional
 
 from .router import Router, are_vectors, merged, reads_input
 

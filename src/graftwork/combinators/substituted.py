@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from graftwork.core.attention import Attention
-from graftwork.core.delta import Delta, WeightDelta, functional
+from graftwork.core.delta import Delta, WeightDelta
 from graftwork.core.plan import Host
+from graftwork.core.swap import functional
 
 
 class Substituted:

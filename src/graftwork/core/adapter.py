@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
-from .anatomy import Anatomy
 from .delta import Delta
 from .method import Method
 from .site import Site
+
+if TYPE_CHECKING:
+    from .anatomy import Anatomy
 
 T = TypeVar("T", bound=nn.Module)
 

@@ -238,21 +238,3 @@ class WeightDelta(Delta):
         if function == "factors":
             return self._has("factors") and not self.overrides("bias")
         return self._has(function) if function in ("bias", "diagonal", "update") else super().overrides(function)
-
-
-def functional(delta: Delta, parameters: dict[str, Tensor], function: str, *args: Any, **kwargs: Any) -> Any:
-    """delta.function(*args, **kwargs) computed with the given tensors in the place of its parameters.
-
-    They need not be leaves: generated, masked, or one per token. The parameters are back when it returns.
-    """
-    before: list[tuple[dict[str, Any], str, Any]] = []
-    try:
-        for name, value in parameters.items():
-            path, _, leaf = name.rpartition(".")
-            home = (delta.get_submodule(path) if path else delta)._parameters
-            before.append((home, leaf, home[leaf]))
-            home[leaf] = value  # type: ignore[assignment]
-        return getattr(delta, function)(*args, **kwargs)
-    finally:
-        for home, leaf, own in before:
-            home[leaf] = own

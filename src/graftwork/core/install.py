@@ -23,7 +23,7 @@ from .errors import GraftError
 from .grafted import Graft, Grafted, arm, armed, disarm
 from .mixed import MixedWeight, through
 from .passes import Runtime
-from .plan import Plan
+from .plan import Plan, read_path
 from .root import Root, body_of, graft_in, is_grafted, root_of
 from .site import Site
 
@@ -239,16 +239,6 @@ def _add(plan_of: Callable[[str], Plan], site: Site, delta: Delta) -> None:
         edits = plan_of(read_path(site, delta)).enter
         # what the first of several adapters did to the embeddings is undone last
         edits.insert(0 if site.unembed else len(edits), delta)
-
-
-def read_path(site: Site, delta: Delta) -> str:
-    """The module whose input a delta reads or edits."""
-    path = site.entered if delta.overrides("enter") else site.norm if delta.source == "norm" else site.entry
-    if path is None:
-        raise GraftError(
-            f"the {delta.source} of {site.key}", "this site has none", "choose another position or another `at`"
-        )
-    return path
 
 
 def check_readable(part: Part) -> None:

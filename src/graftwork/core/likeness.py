@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,9 +13,8 @@ from torch import nn
 from .method import Method
 from .passes import Runtime
 from .site import Site
+from .swap import Slot
 from .weight import Weight
-
-Slot = tuple[dict[str, Any], str]  # where a tensor hangs: a module's dictionary, and the name in it
 
 _OF_A_PLACE = frozenset({"runtime", "key", "view"})  # what belongs to the site and the pass, not to the function
 _OF_NN = frozenset(nn.Module().__dict__)
@@ -63,19 +62,6 @@ def _value(v: Any, slots: list[Slot], seen: dict[int, int]) -> Hashable:
     if isinstance(v, Weight):
         return Weight, v.name, v.shape, v.stored, v.rows
     return type(v), id(v)
-
-
-@contextmanager
-def swapped(slots: Sequence[Slot], tensors: Sequence[Any]) -> Iterator[None]:
-    """Inside this block the slots hold these tensors; afterwards, their own."""
-    own = [home[name] for home, name in slots]
-    try:
-        for (home, name), t in zip(slots, tensors, strict=True):
-            home[name] = t
-        yield
-    finally:
-        for (home, name), t in zip(slots, own, strict=True):
-            home[name] = t
 
 
 class SharedStateError(Exception):

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from .attention import Attention, chain
 from .delta import Delta, WeightDelta
 from .errors import GraftError
-from .group import unreadable
-from .likeness import swapped
 from .mixer import Members, Mixer
 from .plan import Host, channels_first, disjoint, on_rows, reading
 from .site import Site
 from .sums import AttendSum, EditSum, OutputSum, Term, amended
+from .swap import swapped
+from .unreadable import unreadable
 
 Call = Callable[..., Tensor]
 

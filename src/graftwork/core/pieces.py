@@ -16,13 +16,12 @@ from .adapter import Adapter, Part
 from .algebra import A, Drop, Expr, Stack, linear
 from .delta import Delta, WeightDelta
 from .errors import GraftError
-from .install import read_path
 from .method import Method
 from .mixed import MixedAttend, MixedEdit, MixedOutput, MixedWeight
 from .mixer import Fixed, Mixer, Ranges
 from .mixing import Fuse, Route, Split, made_for, number, router
 from .places import Move, Place, by_place, deltas_of, placed, places_at, slice_of, sliced
-from .plan import whole
+from .plan import read_path, whole
 from .site import Site
 from .sums import AttendSum, EditSum, EnterSum, LowRankSum, OutputSum, Term, WeightSum
 from .weight import NO_WEIGHT

@@ -10,8 +10,8 @@ from .adapter import Part
 from .algebra import Expr
 from .delta import Delta, WeightDelta
 from .errors import GraftError
-from .install import read_path
 from .mixed import MixedWeight
+from .plan import read_path
 from .site import Site
 from .sums import Term
 

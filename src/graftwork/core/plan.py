@@ -209,6 +209,16 @@ def reading(delta: Delta, x: Any, runtime: Runtime) -> Any:
     return read
 
 
+def read_path(site: Site, delta: Delta) -> str:
+    """The module whose input a delta reads or edits."""
+    path = site.entered if delta.overrides("enter") else site.norm if delta.source == "norm" else site.entry
+    if path is None:
+        raise GraftError(
+            f"the {delta.source} of {site.key}", "this site has none", "choose another position or another `at`"
+        )
+    return path
+
+
 def disjoint(deltas: list[WeightDelta]) -> bool:
     """Whether no two of the deltas touch the same rows of the host's weight, so that the order does not matter."""
     spans = sorted(d.view.rows or (0, d.view.stored[0]) for d in deltas if d.view.rows or len(deltas) == 1)

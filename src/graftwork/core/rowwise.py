@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from .delta import WeightDelta
 from .errors import GraftError
 from .group import Base, Step
-from .likeness import narrowed, swapped
+from .likeness import narrowed
 from .mixed import through
+from .swap import swapped
 
 if TYPE_CHECKING:
     from .rows import Table

@@ -15,8 +15,9 @@ from torch import Tensor
 from .attention import Attention, chain
 from .delta import Delta
 from .group import Base, Group, Step
-from .likeness import SharedStateError, Slot, narrowed, swapped
+from .likeness import SharedStateError, narrowed
 from .plan import Host
+from .swap import Slot, swapped
 
 OF_VMAP = (
     "vmap",
