@@ -21,7 +21,7 @@ $(VENV)/installed-%: pyproject.toml constraints.txt
 demo: $(VENV)/installed-demo          ## the main job on a real backbone and real text, under 8 minutes on 2 cores
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python examples/demo.py
 
-compose: $(VENV)/installed-demo       ## several adapters at once, arithmetic, fusion, on SST-2 and Subj; under 15 minutes on 2 cores
+compose: $(VENV)/installed-demo       ## several adapters at once, arithmetic and fusion, on SST-2 and Subj
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python examples/compose.py
 
 test: $(VENV)/installed-test          ## all tests but the slow ones

@@ -41,6 +41,7 @@ def test_what_is_the_same_by_definition_scores_the_same(figures: dict[str, Any])
     score = {way["expression"]: way["accuracy"] for way in figures["arithmetic"]["ways"]}
     # the sum of effects, and one LoRA that holds the sum of the changes: equal up to rounding, so to one row of the test
     assert score["cat"] == pytest.approx(score["0.5*one + 0.5*two"], abs=1.01 / figures["size"]["test"])
+    assert figures["arithmetic"]["errors"]["cat"] < 1e-5
     at = dict(
         zip(figures["arithmetic"]["factors"], zip(*figures["arithmetic"]["curves"].values(), strict=True), strict=True)
     )
