@@ -10,17 +10,17 @@ __version__ = "0.1.0"
 # public name -> module that holds it; imported at first use, so that `import graftwork` costs next to nothing
 _HOME = {
     "core.adapter": "Adapter",
-    "core.algebra": "A rows mean drop",
-    "core.grammar": "parse",
-    "core.anatomy": "anatomy",
+    "expressions.algebra": "A rows mean drop",
+    "expressions.grammar": "parse",
+    "anatomy.anatomy": "anatomy",
     "core.errors": "GraftError",
-    "core.graft": "keep_weights graft activate active using remove adapters",
-    "core.merge": "merge unmerge forget",
-    "core.mixing": "fuse route split",
-    "core.watch": "mixing_weights pruned",
-    "core.moments": "step auxiliary_loss calibrate context",
-    "core.method": "Method method preset",
-    "core.summary": "summary",
+    "grafting.graft": "keep_weights graft activate active using remove adapters",
+    "grafting.merge": "merge unmerge forget",
+    "expressions.mixing": "fuse route split",
+    "grafting.watch": "mixing_weights pruned",
+    "grafting.moments": "step auxiliary_loss calibrate context",
+    "core.method": "Method method preset system",
+    "grafting.summary": "summary",
     "core.text": "parse_methods",
     "formats": "save load",
     "store.hub": "push",
@@ -34,53 +34,34 @@ _HOME = {
     "values.library": "prototypes clusters",
     "values.neighbours": "neighbours",
     "values.skills": "add_task mean_skill",
-    "methods.weight.lora": "LoRA",
-    "methods.weight.full": "Full",
-    "methods.weight.dora": "DoRA",
-    "methods.weight.vera": "VeRA",
-    "methods.weight.ia3": "IA3",
-    "methods.weight.bitfit": "BitFit",
-    "methods.weight.ln_tuning": "LNTuning",
-    "methods.weight.adalora": "AdaLoRA",
-    "methods.weight.trainable_tokens": "TrainableTokens",
-    "methods.weight.poly": "Poly",
-    "methods.attention.prefix": "Prefix",
-    "methods.attention.llama_adapter": "LlamaAdapter",
-    "methods.input.prompt": "Prompt",
-    "methods.input.invertible": "Invertible",
-    "methods.side.ladder": "Ladder",
-    "methods.activation.bottleneck": "Bottleneck",
-    "methods.activation.presets": "Houlsby Pfeiffer Parallel AdapterPlus MAM MADXLanguage MADXTask",
-    "methods.activation.compacter": "PHM Compacter CompacterPP",
-    "methods.activation.loreft": "LoReFT",
-    "methods.routing.fusion": "Fusion",
-    "methods.routing.weighted": "Weighted Uniform",
-    "methods.routing.arrow": "Arrow",
-    "combinators.mixture": "Mixture MoV MoLoRA",
-    "combinators.generated": "Generated HyperFormer temperature",
-    "combinators.materialise": "materialise",
-    "combinators.sparse": "Sparse",
-    "combinators.adapter_drop": "AdapterDrop",
-    "combinators.gated": "Gated UniPELT",
-    "combinators.sparse_adapter": "SparseAdapter",
+    "combinators.generated": "temperature",
+    "values.materialise": "materialise",
     "combinators.scores": "grasp_loss synflow_loss",
 }
 _NAMES = {name: home for home, names in _HOME.items() for name in names.split()}
-__all__ = sorted([*_NAMES, "methods"])
+__all__ = sorted([*_NAMES, "methods"])  # and every method and preset, under the name of its class or function
 
 
 def __getattr__(name: str) -> Any:
-    home = _NAMES.get(name)
-    if home is None and name != "methods":
-        raise AttributeError(f"module 'graftwork' has no attribute {name!r}")
+    if name.startswith("__"):
+        raise AttributeError(name)
     package = importlib.import_module("graftwork.methods")  # registers the methods; callable, it lists them
     importlib.import_module("graftwork.combinators")
-    if home is None:
+    if name == "methods":
         return package
-    value = getattr(importlib.import_module(f"graftwork.{home}"), name)
+    home = _NAMES.get(name)
+    value = _methods().get(name) if home is None else getattr(importlib.import_module(f"graftwork.{home}"), name)
+    if value is None:
+        raise AttributeError(f"module 'graftwork' has no attribute {name!r}")
     globals()[name] = value
     return value
 
 
+def _methods() -> dict[str, Any]:
+    registry = importlib.import_module("graftwork.core.method")
+    return {made.__name__: made for made in (*registry.REGISTRY.values(), *registry.PRESETS.values())}
+
+
 def __dir__() -> list[str]:
-    return __all__
+    __getattr__("methods")
+    return sorted([*__all__, *_methods()])

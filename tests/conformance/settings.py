@@ -17,8 +17,8 @@ import graftwork.combinators
 import graftwork.methods  # noqa: F401  (both register what they hold)
 from graftwork.core.delta import WeightDelta
 from graftwork.core.errors import GraftError
-from graftwork.core.graft import graft
 from graftwork.core.method import REGISTRY, Method
+from graftwork.grafting.graft import graft
 
 from .hosts import HOSTS, Host, fresh
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import graftwork as gw
 from graftwork.core.delta import Delta, WeightDelta
-from graftwork.core.install import root_of
+from graftwork.grafting.install import root_of
 
 from .cases import every, grafted, leave_init
 from .hosts import BY_NAME, fresh, output

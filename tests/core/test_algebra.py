@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import graftwork as gw
-from graftwork.core.algebra import A, Expr, Mean, Rows, Stack, Sum, linear
 from graftwork.core.errors import GraftError
-from graftwork.core.grammar import parse
-from graftwork.core.mixing import bare
+from graftwork.expressions.algebra import A, Expr, Mean, Rows, Stack, Sum, linear
+from graftwork.expressions.grammar import parse
+from graftwork.expressions.mixing import bare
 
 names = st.one_of(
     st.from_regex(r"[\w./-]+", fullmatch=True),

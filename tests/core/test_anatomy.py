@@ -7,7 +7,7 @@ import torch
 from anatomy_models import meta
 from torch import nn
 
-from graftwork.core.anatomy import Anatomy, anatomy
+from graftwork.anatomy.anatomy import Anatomy, anatomy
 from graftwork.core.site import Site
 
 

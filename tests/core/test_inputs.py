@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import graftwork as gw
-from graftwork.core.inputs import Input, input_of
-from graftwork.core.lowrank import LowRankProduct
-from graftwork.core.replay import recipe
+from graftwork.products.inputs import Input, input_of
+from graftwork.products.lowrank import LowRankProduct
+from graftwork.products.replay import recipe
 
 
 def grows(*shape: int) -> Tensor:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import graftwork as gw
-from graftwork.core.inputs import Input
-from graftwork.core.lowrank import LowRankProduct, _pieces, dense_is_cheaper, keep_mask, low_rank
+from graftwork.products.inputs import Input
+from graftwork.products.lowrank import LowRankProduct, _pieces, dense_is_cheaper, keep_mask, low_rank
 
 SIZE = st.integers(1, 7)
 

@@ -19,9 +19,9 @@ from test_sums import CROWDS, SITE, OneSite, one_site, run, several
 from torch import Tensor, nn
 
 import graftwork as gw
-from graftwork.core.algebra import Expr
-from graftwork.core.mixed import MixedWeight
 from graftwork.core.plan import Plan
+from graftwork.expressions.algebra import Expr
+from graftwork.expressions.mixed import MixedWeight
 
 OUTER = [
     ("outputs", ["m0", "m1", "m2"]),

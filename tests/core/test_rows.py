@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import graftwork as gw
-from graftwork.core.algebra import A, Rows, Stack
-from graftwork.core.install import root_of
+from graftwork.expressions.algebra import A, Rows, Stack
+from graftwork.grafting.install import root_of
 
 METHODS: dict[str, tuple[Any, Any]] = {
     "lora": (gw.LoRA(r=3), gw.LoRA(r=3)),

@@ -19,9 +19,9 @@ from test_rows import ABSENT, METHODS, grafted, placed
 from torch import Tensor, nn
 
 import graftwork as gw
-from graftwork.core.algebra import Expr
 from graftwork.core.plan import Plan
-from graftwork.core.sums import LowRankSum
+from graftwork.expressions.algebra import Expr
+from graftwork.expressions.sums import LowRankSum
 
 MERGEABLE = {"lora", "lora of two ranks", "dora", "vera", "adalora", "ia3", "bitfit", "ln_tuning", "embedding"}
 MERGEABLE |= {"whole linear", "dora, ia3", "lora and ia3 on one layer"}

@@ -19,8 +19,8 @@ import torch
 from peft import LoraConfig
 
 import graftwork as gw
-from graftwork.core.root import is_grafted
 from graftwork.formats.peft import FAMILIES
+from graftwork.grafting.root import is_grafted
 
 from .peers import loaded, model, outputs, peer, written
 from .test_peft import CASES, tensors_of

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import graftwork as gw
-from graftwork.core.root import is_grafted
+from graftwork.grafting.root import is_grafted
 
 from .unets import Pipeline, TextEncoder, UNet, draw, factors, layers, made, run, with_lora
 

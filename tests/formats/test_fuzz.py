@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import graftwork as gw
-from graftwork.core.root import is_grafted
+from graftwork.grafting.root import is_grafted
 
 from .peers import model, outputs, peer, written
 from .test_peft import CASES, tensors_of

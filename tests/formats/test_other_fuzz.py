@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import graftwork as gw
-from graftwork.core.root import is_grafted
+from graftwork.grafting.root import is_grafted
 
 from .peers import model
 from .test_diffusion import kohya, new_names, updates, write

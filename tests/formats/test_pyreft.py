@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import graftwork as gw
-from graftwork.core.root import is_grafted
+from graftwork.grafting.root import is_grafted
 
 from .peers import inputs, model, outputs, perturb
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from value_models import randomly
 
 import graftwork as gw
-from graftwork.core.root import root_of
+from graftwork.grafting.root import root_of
 
 NORMS = r"/encoder\.layer\.\d+\.output\.LayerNorm$/"  # behind the feed-forward layers of BERT: AdapterHub's Pfeiffer adapter
 

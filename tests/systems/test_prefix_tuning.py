@@ -15,7 +15,7 @@ from torch import Tensor
 
 import graftwork as gw
 from graftwork.core.attention import Attention, causal_mask, extend
-from graftwork.methods.attention.positions import from_words
+from graftwork.initialise.words import from_words
 
 pytestmark = pytest.mark.system("prefix-tuning")
 

@@ -15,8 +15,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.algebra import A, Expr, linear
 from ..core.errors import GraftError
+from ..expressions.algebra import A, Expr, linear
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,7 +52,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Do what the options ask for. Returns the exit code."""
-    from ..core.grammar import parse
+    from ..expressions.grammar import parse
     from ..store.atomic import new_folder
     from .opening import open_adapters, save_composed
 
@@ -84,8 +84,8 @@ def run(parsed: argparse.Namespace) -> int:
 
 def _keep(model: nn.Module, e: Expr, out: Path, as_json: bool) -> int:
     """Write e and its adapters as they are, once they have been tried together."""
-    from ..core.graft import activate
     from ..formats import save
+    from ..grafting.graft import activate
     from .console import console, lines
 
     if isinstance(e, A):

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import argparse
 
-from ..core.algebra import A
 from ..core.errors import GraftError
+from ..expressions.algebra import A
 
 
 def add(parser: argparse.ArgumentParser) -> None:

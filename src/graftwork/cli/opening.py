@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..core.adapter import Adapter
-    from ..core.algebra import Expr
+    from ..expressions.algebra import Expr
     from ..values.hold import Composed
 
 

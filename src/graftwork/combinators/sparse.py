@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from graftwork.anatomy.anatomy import Anatomy
 from graftwork.core.adapter import Part
-from graftwork.core.anatomy import Anatomy
 from graftwork.core.delta import Delta, WeightDelta
 from graftwork.core.errors import GraftError
 from graftwork.core.fields import choice, inner, number, positive

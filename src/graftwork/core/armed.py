@@ -18,7 +18,7 @@ from .passes import Runtime
 from .plan import Plan
 
 if TYPE_CHECKING:
-    from .root import Root
+    from ..grafting.root import Root
 
 
 class Armed:

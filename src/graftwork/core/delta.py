@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ..products.lowrank import low_rank, whole_update
 from .errors import GraftError
 from .initial import adopt
-from .lowrank import low_rank, whole_update
 from .passes import Runtime
 from .weight import Weight
 

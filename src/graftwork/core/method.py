@@ -196,6 +196,14 @@ def get(name: str) -> Callable[..., Method | Sequence[Method]]:
     return found
 
 
+def system(name: str, **options: Any) -> Method | Sequence[Method]:
+    """A published system by its name, as papers and the catalogue write it: gw.system("llama-adapter", length=10).
+
+    Raises GraftError for an unknown name or option.
+    """
+    return get(name)(**options)
+
+
 def methods(pattern: str = "*", *, mergeable: bool | None = None, identity: bool | None = None) -> list[str]:
     """Names of the registered methods and presets that match a glob; the flags choose among the methods.
 

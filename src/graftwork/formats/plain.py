@@ -12,15 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..anatomy.body import Body
 from ..core.adapter import Adapter, Part
-from ..core.body import Body
 from ..core.errors import GraftError
-from ..core.graft import build, find
 from ..core.initial import Later
-from ..core.install import check_free
-from ..core.root import body_of
 from ..core.site import Site
 from ..core.spectrum import Spectrum
+from ..grafting.graft import build, find
+from ..grafting.install import check_free
+from ..grafting.root import body_of
 from ..methods.weight.full import Full
 from ..methods.weight.lora import LoRA
 from ..store.save import checked

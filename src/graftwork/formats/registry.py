@@ -9,11 +9,11 @@ from pathlib import Path
 from torch import nn
 
 from ..core.adapter import Adapter
-from ..core.algebra import A, Expr, as_expr
 from ..core.errors import GraftError, nearest
-from ..core.graft import active_adapters, adapters, find
-from ..core.install import check_free
-from ..core.root import body_of, root_of
+from ..expressions.algebra import A, Expr, as_expr
+from ..grafting.graft import active_adapters, adapters, find
+from ..grafting.install import check_free
+from ..grafting.root import body_of, root_of
 from ..store import load as load_own
 from ..store import save as save_own
 from ..store.atomic import DESCRIPTION

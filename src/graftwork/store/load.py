@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..anatomy.body import Body
 from ..core.adapter import Adapter, Part
-from ..core.body import Body
 from ..core.delta import Delta
 from ..core.errors import GraftError, nearest
-from ..core.graft import attach, build, check_name
 from ..core.initial import Later, adopt
-from ..core.install import check_free
-from ..core.root import body_of
+from ..grafting.graft import attach, build, check_name
+from ..grafting.install import check_free
+from ..grafting.root import body_of
 from . import keys
 from .fingerprint import of_body
 from .finite import finite

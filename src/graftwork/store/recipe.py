@@ -19,12 +19,12 @@ from typing import Any
 from torch import nn
 
 from ..core.adapter import Adapter
-from ..core.algebra import A, Expr
 from ..core.errors import GraftError
-from ..core.graft import activate, active, adapters, check_name, find, remove
-from ..core.grammar import parse
-from ..core.mixing import Fuse, Route, parts_of, resolved
-from ..core.substitute import substitute
+from ..expressions.algebra import A, Expr
+from ..expressions.grammar import parse
+from ..expressions.mixing import Fuse, Route, parts_of, resolved
+from ..expressions.substitute import substitute
+from ..grafting.graft import activate, active, adapters, check_name, find, remove
 from .atomic import CARD, DESCRIPTION, TENSORS, new_folder, place_folder
 from .card import of_recipe
 from .load import load

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..core.adapter import Adapter
 from ..core.errors import GraftError
-from ..core.graft import find
+from ..grafting.graft import find
 from . import keys
 from .atomic import write_adapter
 from .card import card

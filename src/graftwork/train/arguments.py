@@ -12,7 +12,7 @@ from torch import nn
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
-from ..core.anatomy import anatomy
+from ..anatomy.anatomy import anatomy
 from ..core.errors import GraftError, nearest
 from .settings import FitSettings
 from .tasks import Task

@@ -14,10 +14,10 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PretrainedConfig
 from transformers.utils import logging
 
-from ..core.anatomy import anatomy
+from ..anatomy.anatomy import anatomy
+from ..anatomy.where import select
 from ..core.errors import GraftError
 from ..core.method import Method, flatten
-from ..core.where import select
 from .tasks import Task
 
 

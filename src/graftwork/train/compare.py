@@ -13,9 +13,9 @@ from datasets import Dataset
 from torch import Tensor
 
 from ..core.adapter import Adapter
-from ..core.algebra import A, Expr
 from ..core.errors import GraftError
-from ..core.graft import activate, find
+from ..expressions.algebra import A, Expr
+from ..grafting.graft import activate, find
 from ..store.hub import SCHEME, locate
 from ..values.similarity import similarity
 from . import tasks

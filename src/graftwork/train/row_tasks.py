@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..core.errors import GraftError
 from ..core.method import Method
-from ..core.moments import context
 from ..core.tasks import number_of
+from ..grafting.moments import context
 from .columns import label_texts, ordered
 from .tasks.base import Collator, Task, need
 

@@ -21,10 +21,10 @@ from .. import (
 )
 from ..core.adapter import Adapter
 from ..core.errors import GraftError
-from ..core.graft import activate, graft, remove
-from ..core.install import base_parameters
-from ..core.moments import calibrate
 from ..core.text import parse_methods
+from ..grafting.graft import activate, graft, remove
+from ..grafting.install import base_parameters
+from ..grafting.moments import calibrate
 from ..store import load as load_adapter
 from ..store import save
 from ..store.hub import locate

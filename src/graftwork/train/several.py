@@ -9,13 +9,13 @@ from pathlib import Path
 from torch import nn
 
 from ..core.adapter import Adapter
-from ..core.algebra import A, Beside, Expr, Rows, as_expr
 from ..core.errors import GraftError, nearest
-from ..core.graft import active
-from ..core.grammar import parse
-from ..core.mixing import mixing
-from ..core.substitute import substitute
+from ..expressions.algebra import A, Beside, Expr, Rows, as_expr
+from ..expressions.grammar import parse
+from ..expressions.mixing import mixing
+from ..expressions.substitute import substitute
 from ..formats import load
+from ..grafting.graft import active
 from ..store.hub import Place
 
 

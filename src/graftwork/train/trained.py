@@ -15,12 +15,12 @@ from transformers import TrainingArguments
 
 from .. import combinators, methods  # noqa: F401  (they register the names that a file uses)
 from ..core.adapter import Adapter
-from ..core.algebra import A
 from ..core.errors import GraftError
-from ..core.graft import activate
-from ..core.merge import forget, merge
-from ..core.mixing import mixing
-from ..core.moments import context
+from ..expressions.algebra import A
+from ..expressions.mixing import mixing
+from ..grafting.graft import activate
+from ..grafting.merge import forget, merge
+from ..grafting.moments import context
 from ..store.hub import locate
 from . import backbone, tasks
 from .described import metadata_of

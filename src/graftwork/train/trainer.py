@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..core.adapter import Adapter
-from ..core.moments import auxiliary_loss, step
+from ..grafting.moments import auxiliary_loss, step
 from ..store import save
 from .row_tasks import collating, into_context
 from .tasks import Task

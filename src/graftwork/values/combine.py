@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter
-from ..core.algebra import Expr
 from ..core.errors import GraftError
-from ..core.graft import check_name
-from ..core.install import check_free
-from ..core.root import body_of
 from ..core.site import Site
+from ..expressions.algebra import Expr
+from ..grafting.graft import check_name
+from ..grafting.install import check_free
+from ..grafting.root import body_of
 from . import factors, rules
 from .change import Change, weighted_sum
 from .heads import summed_values

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.algebra import A, Expr, as_expr
 from ..core.errors import GraftError
-from ..core.graft import activate, active, adapters, find, graft, remove
-from ..core.mixing import route
+from ..expressions.algebra import A, Expr, as_expr
+from ..expressions.mixing import route
+from ..grafting.graft import activate, active, adapters, find, graft, remove
 from ..methods.routing.weighted import Weighted
 
 

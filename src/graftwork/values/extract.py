@@ -11,13 +11,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..core.body import Body
+from ..anatomy.body import Body
+from ..anatomy.where import select
 from ..core.errors import GraftError
-from ..core.graft import check_name
-from ..core.install import check_free
-from ..core.root import body_of
 from ..core.site import Site
-from ..core.where import select
+from ..grafting.graft import check_name
+from ..grafting.install import check_free
+from ..grafting.root import body_of
 from .change import Change
 from .hold import Composed, Piece, cut, hold
 from .options import is_rank, is_share

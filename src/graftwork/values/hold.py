@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..anatomy.body import Body
 from ..core.adapter import Adapter, Part
-from ..core.body import Body
-from ..core.graft import attach, build
 from ..core.initial import Later
 from ..core.method import Method
 from ..core.site import Site
+from ..grafting.graft import attach, build
 from ..methods.weight.bitfit import BitFit
 from ..methods.weight.full import Full
 from ..methods.weight.ln_tuning import LNTuning

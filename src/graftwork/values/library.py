@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.errors import GraftError
-from ..core.graft import find
-from ..core.root import body_of
+from ..grafting.graft import find
+from ..grafting.root import body_of
 from .parameters import check_alike
 from .places import places
 

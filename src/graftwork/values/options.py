@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Real
 
-from ..core.algebra import Expr
 from ..core.errors import GraftError, nearest
+from ..expressions.algebra import Expr
 
 RANK = ("r", "energy")
 RULES: dict[str, tuple[str, ...]] = {

@@ -12,13 +12,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from ..anatomy.body import Body
 from ..core.adapter import Adapter, Part
-from ..core.body import Body
 from ..core.errors import GraftError
-from ..core.graft import attach, build, check_name, find
 from ..core.initial import Later, adopt
-from ..core.install import check_free
-from ..core.root import body_of
+from ..grafting.graft import attach, build, check_name, find
+from ..grafting.install import check_free
+from ..grafting.root import body_of
 from ..methods.weight.full import Full
 from .deviation import neutral
 from .hold import inherit

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..anatomy.body import Body
 from ..core.adapter import Adapter
-from ..core.body import Body
 from ..core.delta import WeightDelta
 from ..core.errors import GraftError
-from ..core.merge import delta_mergeable
 from ..core.site import Site
+from ..grafting.merge import delta_mergeable
 from ..methods.weight.full import Values
 from .change import Change
 

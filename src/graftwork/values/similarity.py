@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..core.algebra import Expr
 from ..core.errors import GraftError
-from ..core.root import body_of
+from ..expressions.algebra import Expr
+from ..grafting.root import body_of
 from .change import weighted_sum
 from .places import places
 from .terms import terms

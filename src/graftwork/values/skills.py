@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Part
 from ..core.errors import GraftError
-from ..core.graft import attach, build, check_name, find
-from ..core.install import check_free
 from ..core.method import Method
-from ..core.root import body_of
+from ..grafting.graft import attach, build, check_name, find
+from ..grafting.install import check_free
+from ..grafting.root import body_of
 from ..methods.weight.allocation import Router
 from ..methods.weight.lora import LoRA
 from ..methods.weight.poly import Poly

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.errors import GraftError
-from ..core.graft import find
+from ..grafting.graft import find
 
 
 def nearest_domains(domains: Mapping[str, Tensor], new: Tensor, top: int = 5) -> list[str]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import GraftError
-from ..core.graft import check_name, find
-from ..core.install import check_free
-from ..core.root import body_of
+from ..grafting.graft import check_name, find
+from ..grafting.install import check_free
+from ..grafting.root import body_of
 from .change import Change
 from .hold import Composed, cut, hold
 from .options import check_weights, is_rank

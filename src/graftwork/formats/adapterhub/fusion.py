@@ -15,12 +15,12 @@ from typing import Any
 from torch import Tensor
 
 from ...core.adapter import Adapter
-from ...core.algebra import A
 from ...core.errors import GraftError
-from ...core.graft import adapters
-from ...core.mixing import made_for
-from ...core.pieces import mixed_sites
 from ...core.site import Site
+from ...expressions.algebra import A
+from ...expressions.mixing import made_for
+from ...expressions.pieces import mixed_sites
+from ...grafting.graft import adapters
 from ...methods.routing.fusion import Fusion
 from ..config import Config
 from ..files import read_json, read_tensors

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...core.body import Body
+from ...anatomy.body import Body
 from ...core.errors import GraftError
 from ...core.site import Site
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ...core.errors import GraftError
-from ...core.graft import activate, active, adapters, remove
-from ...core.install import base_parameters
+from ...grafting.graft import activate, active, adapters, remove
+from ...grafting.install import base_parameters
 from ...store.atomic import DESCRIPTION
 from ...store.finite import finite
 from ...store.hub import locate

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ...core.body import Body
+from ...anatomy.body import Body
 from ...core.errors import GraftError, nearest
 from ..config import OFF, Config
 from ..files import read_json

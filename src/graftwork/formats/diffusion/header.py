@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...core.body import Body
+from ...anatomy.body import Body
 from ...core.errors import GraftError
 from ...methods.weight.dora import DoRA
 from ...methods.weight.lora import LoRA

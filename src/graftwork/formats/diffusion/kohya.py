@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...anatomy.body import Body
 from ...core.adapter import Adapter
-from ...core.body import Body
 from ...core.errors import GraftError
 from ...methods.weight.dora import DoRA
 from ...methods.weight.lora import LoRA

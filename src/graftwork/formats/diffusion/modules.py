@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from ...anatomy.body import Body
 from ...core.adapter import Adapter
-from ...core.body import Body
 from ...core.errors import GraftError
 from ...core.method import Method
 from ...core.site import Site

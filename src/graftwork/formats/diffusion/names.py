@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...core.body import Body
+from ...anatomy.body import Body
 from ...core.errors import GraftError
 
 DEEPEST = 3  # words of wrappers in front of a path that the backbone may lack

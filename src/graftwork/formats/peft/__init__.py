@@ -13,8 +13,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ...anatomy.body import Body
 from ...core.adapter import Adapter
-from ...core.body import Body
 from ...core.errors import GraftError, nearest
 from ...core.method import Method
 from ...methods.input.prompt import Prompt

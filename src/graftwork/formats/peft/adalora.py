@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ...core.body import Body
+from ...anatomy.body import Body
 from ...core.method import Method
 from ...methods.weight.adalora import AdaLoRA
 from ..config import Config

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, Protocol
 
-from ...core.body import Body
+from ...anatomy.body import Body
 from ...core.method import Method
 from ..config import Config
 from ..pieces import Held, Piece

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ...core.body import Body
+from ...anatomy.body import Body
 from ...core.method import Method
 from ...core.site import Site
 from ...methods.weight.ia3 import IA3

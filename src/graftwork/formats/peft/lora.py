@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ...core.body import Body
+from ...anatomy.body import Body
 from ...core.errors import GraftError
 from ...core.method import Method
 from ...core.site import Site

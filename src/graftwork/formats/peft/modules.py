@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from ...core.body import Body
+from ...anatomy.body import Body
 from ...core.method import Method
 from ...methods.weight.bitfit import BitFit
 from ...methods.weight.full import Full

@@ -11,7 +11,7 @@ import re
 import torch
 from torch import Tensor, nn
 
-from ...core.body import Body
+from ...anatomy.body import Body
 from ...core.errors import GraftError
 from ...core.weight import Weight
 from ..config import Config

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...core.body import Body
+from ...anatomy.body import Body
 from ...core.errors import GraftError
 from ...core.method import Method
 from ...core.site import Site

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.body import Body
+from ...anatomy.body import Body
+from ...anatomy.heads import widths
 from ...core.errors import GraftError
-from ...core.heads import widths
 from ...core.method import Method
 from ...core.site import Site
 from ...methods.attention.llama_adapter import LlamaAdapter

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
-from ...core.body import Body
+from ...anatomy.body import Body
 from ...core.method import Method
 from ...methods.weight.vera import VeRA
 from ..config import Config

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...anatomy.body import Body
 from ...core.adapter import Adapter
-from ...core.body import Body
 from ...core.errors import GraftError
 from ...core.site import Site
 from ...methods.activation.loreft import LoReFT

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...core.body import Body
+from ...anatomy.body import Body
 from ...core.errors import GraftError, nearest
 from ...core.site import Site
 

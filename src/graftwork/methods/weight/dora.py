@@ -17,10 +17,10 @@ from graftwork.core.adapter import Part
 from graftwork.core.delta import WeightDelta
 from graftwork.core.fields import flag, fraction, number, positive, where
 from graftwork.core.initial import kaiming_uniform, normal, values, zeros
-from graftwork.core.lowrank import low_rank
 from graftwork.core.method import Method, method
 from graftwork.core.plan import Host
 from graftwork.core.site import Site
+from graftwork.products.lowrank import low_rank
 
 SMALLEST = 1e-12  # squared norm below which a row has no direction: a row of zeros keeps a finite gain
 

@@ -17,10 +17,10 @@ from graftwork.core.delta import WeightDelta
 from graftwork.core.errors import GraftError
 from graftwork.core.fields import flag, fraction, number, positive, where
 from graftwork.core.initial import kaiming_uniform, normal, zeros
-from graftwork.core.lowrank import low_rank
 from graftwork.core.method import Method, method
 from graftwork.core.plan import Host
 from graftwork.core.site import Site
+from graftwork.products.lowrank import low_rank
 
 
 @method("lora")

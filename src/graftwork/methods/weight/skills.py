@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from graftwork.core.delta import WeightDelta
 from graftwork.core.errors import GraftError
 from graftwork.core.initial import Initial, kaiming_uniform, tensor, zeros
-from graftwork.core.lowrank import low_rank
 from graftwork.core.plan import Host
 from graftwork.core.site import Site
 from graftwork.core.tasks import each_row, tasks_of
+from graftwork.products.lowrank import low_rank
 
 from .allocation import Router, log_prior
 

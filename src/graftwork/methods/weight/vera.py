@@ -15,10 +15,10 @@ from graftwork.core.adapter import Part
 from graftwork.core.delta import WeightDelta
 from graftwork.core.fields import count, flag, fraction, number, positive, where
 from graftwork.core.initial import constant, drawing_from, kaiming_uniform, tensor, zeros
-from graftwork.core.lowrank import low_rank
 from graftwork.core.method import Method, method
 from graftwork.core.plan import Host
 from graftwork.core.site import Site
+from graftwork.products.lowrank import low_rank
 
 
 @method("vera")
