@@ -1,4 +1,4 @@
-"""Does `graftwork.anatomy.anatomy` find the right parts of every model type of transformers?
+"""Does `graftwork.sites.anatomy` find the right parts of every model type of transformers?
 
 Builds each type with `AutoModel.from_config(CONFIG_MAPPING[type]())` on the meta device and holds the roles against
 rules of its own, which look at class names, attribute names and shapes, and share no code with the anatomy:
@@ -317,7 +317,7 @@ def examine(name: str) -> dict[str, Any]:
     import transformers
     from transformers import CONFIG_MAPPING, AutoModel
 
-    from graftwork.anatomy.anatomy import anatomy
+    from graftwork.sites.anatomy import anatomy
 
     transformers.logging.set_verbosity_error()
     try:

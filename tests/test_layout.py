@@ -11,14 +11,14 @@ from pathlib import Path
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "graftwork"
 
 # folder -> folders it may import; every folder may import itself
-GRAFT = {"products", "core", "anatomy", "expressions", "rows", "grafting"}  # what everything but a method may use
-METHODS = {"products", "core", "anatomy"}
+GRAFT = {"products", "core", "sites", "expressions", "batched", "grafting"}  # what everything but a method may use
+METHODS = {"products", "core", "sites"}
 BELOW: dict[str, set[str]] = {
     "products": set(),
     "core": {"products"},
-    "anatomy": {"core"},
-    "expressions": {"products", "core", "anatomy"},
-    "rows": {"core", "expressions"},
+    "sites": {"core"},
+    "expressions": {"products", "core", "sites"},
+    "batched": {"core", "expressions"},
     "grafting": GRAFT - {"grafting"},
     "methods": METHODS,
     "combinators": METHODS,

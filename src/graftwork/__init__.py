@@ -12,7 +12,7 @@ _HOME = {
     "core.adapter": "Adapter",
     "expressions.algebra": "A rows mean drop",
     "expressions.grammar": "parse",
-    "anatomy.anatomy": "anatomy",
+    "sites.anatomy": "anatomy",
     "core.errors": "GraftError",
     "grafting.graft": "keep_weights graft activate active using remove adapters",
     "grafting.merge": "merge unmerge forget",

@@ -6,7 +6,8 @@ import functools
 import operator
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given
+from hypothesis import settings as limits
 from hypothesis import strategies as st
 
 import graftwork as gw
@@ -59,6 +60,7 @@ expressions = st.one_of(
 
 
 @given(expressions)
+@limits(suppress_health_check=[HealthCheck.too_slow], deadline=None)  # the first draw builds hypothesis' tables of Unicode
 def test_what_is_printed_parses_back(e: Expr) -> None:
     assert parse(str(e)) == e
 

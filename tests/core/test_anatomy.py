@@ -7,8 +7,8 @@ import torch
 from anatomy_models import meta
 from torch import nn
 
-from graftwork.anatomy.anatomy import Anatomy, anatomy
 from graftwork.core.site import Site
+from graftwork.sites.anatomy import Anatomy, anatomy
 
 
 def paths(sites: list[Site]) -> list[str]:

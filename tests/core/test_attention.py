@@ -13,13 +13,13 @@ from attention_models import batch, decode, make, run, scatter
 from torch import Tensor, nn
 
 import graftwork as gw
-from graftwork.anatomy import anatomy as core_anatomy
-from graftwork.anatomy.heads import widths
 from graftwork.core.attention import Attention, causal_mask, extend
 from graftwork.core.delta import Delta
 from graftwork.core.fields import where
 from graftwork.core.method import REGISTRY, Method, method
 from graftwork.core.site import Site
+from graftwork.sites import anatomy as core_anatomy
+from graftwork.sites.heads import widths
 
 KINDS = ["bert", "llama", "gpt2", "t5", "vit", "bart", "whisper", "torch"]
 IMPLEMENTATIONS = ["sdpa", "eager"]

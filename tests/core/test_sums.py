@@ -144,7 +144,13 @@ class OneSite(nn.Module):
 SITE = "/^site$/"
 GROUPS: dict[str, list[Any]] = {
     "low rank": [gw.LoRA(r=2, at=SITE), gw.LoRA(r=5, rslora=True, at=SITE), gw.AdaLoRA(at=SITE)],
-    "weights": [gw.DoRA(r=2, at=SITE), gw.IA3(at=SITE), gw.LoRA(r=3, at=SITE), gw.Full(at=SITE), gw.BitFit(at=SITE)],
+    "weights": [
+        gw.DoRA(r=2, at=SITE),
+        gw.IA3(at=SITE),
+        gw.LoRA(r=3, bias=True, at=SITE),
+        gw.Full(at=SITE),
+        gw.BitFit(at=SITE),
+    ],
     "fast": [gw.DoRA(r=2, at=SITE), gw.IA3(at=SITE), gw.VeRA(r=8, at=SITE), gw.BitFit(at=SITE), gw.LoRA(r=2, at=SITE)],
     "mixtures": [
         gw.Mixture(of=gw.LoRA(r=2), at=SITE),

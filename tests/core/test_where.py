@@ -7,10 +7,10 @@ import torch
 from anatomy_models import meta
 from torch import nn
 
-from graftwork.anatomy.anatomy import anatomy
-from graftwork.anatomy.where import select
 from graftwork.core.errors import GraftError
 from graftwork.core.site import Site
+from graftwork.sites.anatomy import anatomy
+from graftwork.sites.where import select
 
 
 def chosen(name: str, at: str, layers: str | None = None) -> list[str]:

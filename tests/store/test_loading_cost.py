@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import graftwork as gw
-from graftwork.anatomy import body
 from graftwork.grafting import install, root
+from graftwork.sites import body
 from graftwork.store import fingerprint
 from graftwork.store.tensors import NAMES, reading, written
 

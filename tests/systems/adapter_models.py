@@ -24,8 +24,8 @@ from transformers import (
 )
 
 import graftwork as gw
-from graftwork.anatomy.where import select
 from graftwork.core.adapter import Adapter
+from graftwork.sites.where import select
 
 
 def bert(layers: int = 2, **more) -> nn.Module:

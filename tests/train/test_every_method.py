@@ -34,7 +34,7 @@ def text(name: str) -> str:
 @pytest.mark.parametrize("name", sorted(REGISTRY))
 def test_a_method_is_trained_opened_and_resumed(name: str, backbones: Callable[[str], Path], tmp_path: Path) -> None:
     decoder = name in DECODERS
-    data = tiny.write_csv(tmp_path / "rows.csv", tiny.alphabets(80) if decoder else tiny.feelings(80))
+    data = tiny.write_csv(tmp_path / "batched.csv", tiny.alphabets(80) if decoder else tiny.feelings(80))
     backbone, out = backbones("llama" if decoder else "bert"), tmp_path / "out"
     job = TrainSettings(str(backbone), str(out), DataSettings(str(data)), text(name), name="it", fit=FIT)
     trained = train(job)

@@ -21,8 +21,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Do what the options ask for. Returns the exit code."""
-    from ..anatomy.anatomy import anatomy
-    from ..anatomy.where import select
+    from ..sites.anatomy import anatomy
+    from ..sites.where import select
     from ..train.backbone import on_meta
     from .console import console, quiet, table
 

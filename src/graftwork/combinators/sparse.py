@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graftwork.anatomy.anatomy import Anatomy
 from graftwork.core.adapter import Part
 from graftwork.core.delta import Delta, WeightDelta
 from graftwork.core.errors import GraftError
@@ -21,6 +20,7 @@ from graftwork.core.fields import choice, inner, number, positive
 from graftwork.core.initial import drawing_from
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
+from graftwork.sites.anatomy import Anatomy
 
 from .inherit import inherit
 from .masked import Masked, MaskedDelta, MaskedWeight

@@ -12,7 +12,7 @@ from .method import Method
 from .site import Site
 
 if TYPE_CHECKING:
-    from ..anatomy.anatomy import Anatomy
+    from ..sites.anatomy import Anatomy
 
 T = TypeVar("T", bound=nn.Module)
 

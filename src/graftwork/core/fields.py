@@ -65,7 +65,7 @@ def words(default: tuple[str, ...] = ()) -> Any:
 
 
 def where(default: str) -> Any:
-    """Sites: roles, "/regex/", or a callable (see `graftwork.anatomy.where`)."""
+    """Sites: roles, "/regex/", or a callable (see `graftwork.sites.where`)."""
 
     def check(v: Any) -> str:
         return "" if (isinstance(v, str) and v.strip()) or callable(v) else "roles, '/regex/' or a callable"

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from ..batched.rows import Table
     from ..expressions.branches import Branches
-    from ..rows.rows import Table
 
 
 class Runtime:

@@ -12,7 +12,6 @@ from dataclasses import replace
 
 from torch import nn
 
-from ..anatomy.where import in_layers
 from ..core.adapter import Adapter, Part
 from ..core.delta import Delta, WeightDelta
 from ..core.errors import GraftError
@@ -21,6 +20,7 @@ from ..core.mixer import Fixed, Mixer, Ranges
 from ..core.plan import read_path, whole
 from ..core.site import Site
 from ..core.weight import NO_WEIGHT
+from ..sites.where import in_layers
 from .algebra import A, Drop, Expr, Stack, linear
 from .mixed import MixedAttend, MixedEdit, MixedOutput, MixedWeight
 from .mixing import Fuse, Route, Split, made_for, number, router

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from ..anatomy.body import Body
 from ..core.adapter import Adapter
+from ..sites.body import Body
 from ..store.read import Stored
 
 

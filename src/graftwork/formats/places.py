@@ -5,10 +5,10 @@ Only the backbone's own paths are looked at, never a table of model names.
 
 from __future__ import annotations
 
-from ..anatomy.body import Body
-from ..anatomy.where import telling
 from ..core.errors import GraftError, nearest
 from ..core.site import Site
+from ..sites.body import Body
+from ..sites.where import telling
 
 
 def whole_site(body: Body, path: str, asked: str, param: str = "weight") -> Site:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..anatomy.body import Body
 from ..core.adapter import Adapter, Part
 from ..core.errors import GraftError
 from ..core.initial import Later
@@ -23,6 +22,7 @@ from ..grafting.install import check_free
 from ..grafting.root import body_of
 from ..methods.weight.full import Full
 from ..methods.weight.lora import LoRA
+from ..sites.body import Body
 from ..store.save import checked
 from ..values.change import Change
 from ..values.options import is_rank, is_share

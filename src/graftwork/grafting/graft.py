@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..anatomy.anatomy import Anatomy
-from ..anatomy.body import Body
-from ..anatomy.where import in_layers, select
+from ..batched import grouping
 from ..core.adapter import Adapter, Part
 from ..core.delta import WeightDelta
 from ..core.errors import GraftError, nearest
@@ -25,7 +23,9 @@ from ..expressions.branches import Branches
 from ..expressions.mixing import held, made_for, mixed_names, resolved
 from ..expressions.pieces import check_heads, compiled, mixed_sites
 from ..expressions.places import deltas_of
-from ..rows import grouping
+from ..sites.anatomy import Anatomy
+from ..sites.body import Body
+from ..sites.where import in_layers, select
 from . import install, labels
 
 

@@ -14,7 +14,6 @@ from urllib.parse import quote
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..anatomy.body import Body
 from ..core.adapter import Adapter, Part
 from ..core.armed import Armed
 from ..core.attention import caller, register_interface
@@ -25,11 +24,12 @@ from ..core.passes import Runtime
 from ..core.plan import Plan, read_path
 from ..core.site import Site
 from ..expressions.mixed import MixedWeight, through
+from ..sites.body import Body
 from .root import Root, body_of, graft_in, is_grafted, root_of
 
 if TYPE_CHECKING:
+    from ..batched.rows import Table
     from ..expressions.branches import Branches
-    from ..rows.rows import Table
 
 Pieces = Sequence[tuple[Site, Delta]]
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

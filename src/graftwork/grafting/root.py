@@ -8,11 +8,11 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from ..anatomy.body import Body
 from ..core.adapter import Adapter
 from ..core.errors import GraftError
 from ..core.grafted import Graft, armed
 from ..core.passes import Clock, Runtime
+from ..sites.body import Body
 
 
 class Root(Graft):

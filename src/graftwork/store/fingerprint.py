@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..anatomy.body import Body
 from ..grafting.root import body_of, is_grafted, root_of
+from ..sites.body import Body
 
 APART = ("head", "lm_head", "pooler")
 COUNT = 64

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..anatomy.body import Body
 from ..core.adapter import Adapter, Part
 from ..core.delta import Delta
 from ..core.errors import GraftError, nearest
@@ -17,6 +16,7 @@ from ..core.initial import Later, adopt
 from ..grafting.graft import attach, build, check_name
 from ..grafting.install import check_free
 from ..grafting.root import body_of
+from ..sites.body import Body
 from . import keys
 from .fingerprint import of_body
 from .finite import finite

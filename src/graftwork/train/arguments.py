@@ -12,8 +12,8 @@ from torch import nn
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
-from ..anatomy.anatomy import anatomy
 from ..core.errors import GraftError, nearest
+from ..sites.anatomy import anatomy
 from .settings import FitSettings
 from .tasks import Task
 

@@ -14,10 +14,10 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PretrainedConfig
 from transformers.utils import logging
 
-from ..anatomy.anatomy import anatomy
-from ..anatomy.where import select
 from ..core.errors import GraftError
 from ..core.method import Method, flatten
+from ..sites.anatomy import anatomy
+from ..sites.where import select
 from .tasks import Task
 
 

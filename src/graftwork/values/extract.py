@@ -11,13 +11,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..anatomy.body import Body
-from ..anatomy.where import select
 from ..core.errors import GraftError
 from ..core.site import Site
 from ..grafting.graft import check_name
 from ..grafting.install import check_free
 from ..grafting.root import body_of
+from ..sites.body import Body
+from ..sites.where import select
 from .change import Change
 from .hold import Composed, Piece, cut, hold
 from .options import is_rank, is_share

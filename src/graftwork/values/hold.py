@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..anatomy.body import Body
 from ..core.adapter import Adapter, Part
 from ..core.initial import Later
 from ..core.method import Method
@@ -19,6 +18,7 @@ from ..methods.weight.bitfit import BitFit
 from ..methods.weight.full import Full
 from ..methods.weight.ln_tuning import LNTuning
 from ..methods.weight.lora import LoRA
+from ..sites.body import Body
 from .change import Change
 
 

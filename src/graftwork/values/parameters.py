@@ -12,7 +12,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..anatomy.body import Body
 from ..core.adapter import Adapter, Part
 from ..core.errors import GraftError
 from ..core.initial import Later, adopt
@@ -20,6 +19,7 @@ from ..grafting.graft import attach, build, check_name, find
 from ..grafting.install import check_free
 from ..grafting.root import body_of
 from ..methods.weight.full import Full
+from ..sites.body import Body
 from .deviation import neutral
 from .hold import inherit
 from .options import check_weights, spelled

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..anatomy.body import Body
 from ..core.adapter import Adapter
 from ..core.delta import WeightDelta
 from ..core.errors import GraftError
 from ..core.site import Site
 from ..grafting.merge import delta_mergeable
 from ..methods.weight.full import Values
+from ..sites.body import Body
 from .change import Change
 
 

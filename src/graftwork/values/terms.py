@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ..anatomy.where import in_layers
 from ..core.adapter import Adapter, Part
 from ..core.delta import WeightDelta
 from ..core.errors import GraftError
 from ..expressions.algebra import A, Drop, Expr, Mean, Stack, Sum, add, as_expr, linear
 from ..grafting.graft import adapters, find
+from ..sites.where import in_layers
 from .options import check_weights
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from ...anatomy.body import Body
 from ...core.adapter import Adapter
 from ...core.errors import GraftError
 from ...expressions.mixing import mixing
+from ...sites.body import Body
 from ...store.read import Stored
 from ..config import Config
 from ..files import read_json, read_tensors, write_files

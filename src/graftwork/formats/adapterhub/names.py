@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ...anatomy.body import Body
 from ...core.errors import GraftError
 from ...core.site import Site
+from ...sites.body import Body
 
 WORDS = {"self": "attention_adapters", "cross": "cross_attention_adapters", "mlp": "output_adapters"}
 LAST = {"self": "o", "cross": "o", "mlp": "down"}

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ...anatomy.body import Body
 from ...core.errors import GraftError, nearest
+from ...sites.body import Body
 from ..config import OFF, Config
 from ..files import read_json
 from ..peft import CONFIG, FAMILIES, PICKLE, TENSORS

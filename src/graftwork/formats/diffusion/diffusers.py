@@ -13,10 +13,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ...anatomy.body import Body
 from ...core.adapter import Adapter
 from ...methods.weight.dora import DoRA
 from ...methods.weight.lora import LoRA
+from ...sites.body import Body
 from ...store.read import Stored
 from ..files import read_tensors
 from ..pieces import gather

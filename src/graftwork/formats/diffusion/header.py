@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ...anatomy.body import Body
 from ...core.errors import GraftError
 from ...methods.weight.dora import DoRA
 from ...methods.weight.lora import LoRA
+from ...sites.body import Body
 from ..config import Config
 from ..peft.config import ABOUT, ends, pattern
 from ..peft.lora import ABSENT, HARMLESS

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ...anatomy.body import Body
 from ...core.adapter import Adapter
 from ...core.errors import GraftError
 from ...core.method import Method
 from ...core.site import Site
 from ...methods.weight.dora import DoRA
 from ...methods.weight.lora import LoRA
+from ...sites.body import Body
 from ..pieces import Piece, Slot, grouped, held, one, spread
 from ..places import whole_site
 

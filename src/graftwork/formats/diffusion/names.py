@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...anatomy.body import Body
 from ...core.errors import GraftError
+from ...sites.body import Body
 
 DEEPEST = 3  # words of wrappers in front of a path that the backbone may lack
 

@@ -13,7 +13,6 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ...anatomy.body import Body
 from ...core.adapter import Adapter
 from ...core.errors import GraftError, nearest
 from ...core.method import Method
@@ -22,6 +21,7 @@ from ...methods.weight.bitfit import BitFit
 from ...methods.weight.dora import DoRA
 from ...methods.weight.full import Full
 from ...methods.weight.poly import Poly
+from ...sites.body import Body
 from ...store.read import Stored
 from ..config import Config
 from ..files import read_json, read_tensors, write_files

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...anatomy.body import Body
+from ...sites.body import Body
 
 # the ends of transformers' class names, which name the task; and the class that opens any backbone for it
 TASKS = {

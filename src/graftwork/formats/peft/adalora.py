@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ...anatomy.body import Body
 from ...core.method import Method
 from ...methods.weight.adalora import AdaLoRA
+from ...sites.body import Body
 from ..config import Config
 from ..pieces import Held, Piece, grouped, shaped
 from . import extras

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ...anatomy.body import Body
+from ...sites.body import Body
 from ..config import Config
 
 # fields of every config that say nothing about what is computed

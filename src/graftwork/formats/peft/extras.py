@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ...anatomy.body import Body
 from ...core.errors import GraftError
 from ...core.method import Method
 from ...core.site import Site
 from ...methods.weight.bitfit import BitFit
 from ...methods.weight.full import Full
 from ...methods.weight.ln_tuning import LNTuning
+from ...sites.body import Body
 from ..config import Config
 from ..pieces import Held, Part, Piece, Spot, grouped, one
 from ..places import owner_sites, whole_site

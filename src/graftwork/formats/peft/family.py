@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, Protocol
 
-from ...anatomy.body import Body
 from ...core.method import Method
+from ...sites.body import Body
 from ..config import Config
 from ..pieces import Held, Piece
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from ...anatomy.body import Body
 from ...core.method import Method
 from ...core.site import Site
 from ...methods.weight.ia3 import IA3
+from ...sites.body import Body
 from ..config import Config
 from ..pieces import Held, Piece, grouped, shaped
 from ..places import whole_site

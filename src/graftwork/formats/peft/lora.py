@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from ...anatomy.body import Body
 from ...core.errors import GraftError
 from ...core.method import Method
 from ...core.site import Site
 from ...core.weight import is_conv1d
 from ...methods.weight.dora import DoRA
 from ...methods.weight.lora import LoRA
+from ...sites.body import Body
 from ..config import Config
 from ..pieces import Held, Piece, Slot, grouped, shaped
 from ..places import whole_site

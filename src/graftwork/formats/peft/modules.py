@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from ...anatomy.body import Body
 from ...core.method import Method
 from ...methods.weight.bitfit import BitFit
 from ...methods.weight.full import Full
 from ...methods.weight.ln_tuning import LNTuning
+from ...sites.body import Body
 from ..config import Config
 from ..pieces import Held, Piece, grouped, one, shaped
 from ..places import owner_sites

@@ -11,9 +11,9 @@ import re
 import torch
 from torch import Tensor, nn
 
-from ...anatomy.body import Body
 from ...core.errors import GraftError
 from ...core.weight import Weight
+from ...sites.body import Body
 from ..config import Config
 from ..places import whole_site
 from . import extras

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from ...anatomy.body import Body
+from ...sites.body import Body
 from .config import ends
 
 

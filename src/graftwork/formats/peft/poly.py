@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...anatomy.body import Body
 from ...core.errors import GraftError
 from ...core.method import Method
 from ...core.site import Site
 from ...methods.weight.poly import Poly
+from ...sites.body import Body
 from ..config import Config
 from ..pieces import Held, Piece, Slot, expect, grouped, one, shaped
 from ..places import whole_site

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...anatomy.body import Body
-from ...anatomy.heads import widths
 from ...core.errors import GraftError
 from ...core.method import Method
 from ...core.site import Site
 from ...methods.attention.llama_adapter import LlamaAdapter
 from ...methods.attention.prefix import Prefix
 from ...methods.input.prompt import Prompt
+from ...sites.body import Body
+from ...sites.heads import widths
 from ..config import Config
 from ..pieces import Held, Piece, Slot, expect, grouped, shaped
 from . import extras

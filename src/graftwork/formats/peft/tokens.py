@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from ...anatomy.body import Body
 from ...core.method import Method
 from ...core.site import Site
 from ...methods.weight.trainable_tokens import TrainableTokens
+from ...sites.body import Body
 from ..config import Config
 from ..pieces import Held, Piece, one
 from ..places import whole_site

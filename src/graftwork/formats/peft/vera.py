@@ -6,9 +6,9 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
-from ...anatomy.body import Body
 from ...core.method import Method
 from ...methods.weight.vera import VeRA
+from ...sites.body import Body
 from ..config import Config
 from ..pieces import Held, Piece, grouped, one, shaped
 from . import extras

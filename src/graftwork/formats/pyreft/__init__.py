@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...anatomy.body import Body
 from ...core.adapter import Adapter
 from ...core.errors import GraftError
 from ...core.site import Site
 from ...methods.activation.loreft import LoReFT
 from ...methods.activation.nonlinear import ACTIVATIONS
+from ...sites.body import Body
 from ...store.read import Stored
 from ..files import read_json, read_tensors, write_files
 from ..pieces import Piece, Slot, gather, grouped, held, spread

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...anatomy.body import Body
 from ...core.errors import GraftError, nearest
 from ...core.site import Site
+from ...sites.body import Body
 
 CONFIG, ARGUMENTS = "config.json", "args.json"
 # of pyvene's RepresentationConfig, whose values stand in this order; a value that is none of ours and not null is refused

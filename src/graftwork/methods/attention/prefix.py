@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftwork.anatomy.heads import widths
 from graftwork.core.adapter import Part
 from graftwork.core.attention import Attention
 from graftwork.core.delta import Delta
@@ -21,6 +20,7 @@ from graftwork.core.fields import choice, fraction, number, positive, where
 from graftwork.core.initial import kaiming_uniform, normal, parameter, uniform
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
+from graftwork.sites.heads import widths
 
 from .positions import Shift
 
