@@ -21,7 +21,7 @@ from graftwork.cli import COMMANDS, main
 def place(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with data and a trained adapter."""
     folder = tmp_path_factory.mktemp("place")
-    tiny.write_csv(folder / "batched.csv", tiny.feelings(400))
+    tiny.write_csv(folder / "rows.csv", tiny.feelings(400))
     tiny.write_csv(folder / "test.tsv", tiny.feelings(60, seed=1), "\t")
     code = main(
         [
@@ -29,7 +29,7 @@ def place(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "--backbone",
             str(bert),
             "--data",
-            str(folder / "batched.csv"),
+            str(folder / "rows.csv"),
             "--method",
             "lora(r=4, at='linear')",
             "--epochs",
@@ -151,7 +151,7 @@ def test_show(place: Path, bert: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_an_expression_over_adapters(place: Path, bert: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows, other = str(place / "batched.csv"), place / "other"
+    rows, other = str(place / "rows.csv"), place / "other"
     given = [
         "--backbone",
         str(bert),
@@ -199,7 +199,7 @@ def test_an_expression_over_adapters(place: Path, bert: Path, capsys: pytest.Cap
 def test_a_fusion_of_trained_adapters(
     place: Path, bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    common = ["--backbone", str(bert), "--data", str(place / "batched.csv"), "--epochs", "1"]
+    common = ["--backbone", str(bert), "--data", str(place / "rows.csv"), "--epochs", "1"]
     members = [str(tmp_path / name) for name in "ab"]
     beside = [option for folder in members for option in ("--with", folder)]
     for seed, folder in enumerate(members):
@@ -316,7 +316,7 @@ def test_bad_input_is_told_and_changes_nothing(
     tiny.write_csv(place / "gap.csv", [{"text": "a", "label": "x"}, {"text": "b", "label": ""}])
     tiny.write_csv(place / "unseen.csv", [{"text": "a", "label": "neutral"}])
     (place / "images" / "left").mkdir(parents=True, exist_ok=True)
-    given = {"--backbone": str(bert), "--data": str(place / "batched.csv"), "--out": str(place / "new"), "--steps": "1"}
+    given = {"--backbone": str(bert), "--data": str(place / "rows.csv"), "--out": str(place / "new"), "--steps": "1"}
     for option, value in zip(options, [*options[1:], ""], strict=True):
         if option.startswith("--"):
             given[option] = value.format(place=place)

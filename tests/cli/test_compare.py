@@ -18,7 +18,7 @@ from graftwork.cli import main
 def place(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Adapters of one task, one of another task, one of another backbone, a linear probe, and a recipe."""
     folder = tmp_path_factory.mktemp("compare")
-    tiny.write_csv(folder / "batched.csv", tiny.feelings(200))
+    tiny.write_csv(folder / "rows.csv", tiny.feelings(200))
     tiny.write_csv(folder / "test.tsv", tiny.feelings(60, seed=1), "\t")
     other = tiny.backbone("bert", folder / "other", type_vocab_size=3)
     numbers = [{"text": row["text"], "label": str(i / 7)} for i, row in enumerate(tiny.feelings(60))]

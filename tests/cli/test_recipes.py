@@ -16,10 +16,10 @@ from graftwork.cli import main
 def place(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three trained adapters of different methods and a recipe of two."""
     folder = tmp_path_factory.mktemp("recipes")
-    tiny.write_csv(folder / "batched.csv", tiny.feelings(200))
+    tiny.write_csv(folder / "rows.csv", tiny.feelings(200))
     tiny.write_csv(folder / "test.tsv", tiny.feelings(60, seed=1), "\t")
     for name, method in (("a", "lora(r=4, at='linear')"), ("soft", "bottleneck(d=4)"), ("b", "ia3")):
-        given = ["--backbone", str(bert), "--data", str(folder / "batched.csv"), "--method", method, "--epochs", "4"]
+        given = ["--backbone", str(bert), "--data", str(folder / "rows.csv"), "--method", method, "--epochs", "4"]
         assert main(["train", *given, "--lr", "5e-3", "--seed", str(len(name)), "--out", str(folder / name)]) == 0
     e = f"0.6*{folder}/a + 0.4*{folder}/soft"
     assert main(["compose", e, "--recipe", "--out", str(folder / "both")]) == 0

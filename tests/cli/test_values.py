@@ -18,7 +18,7 @@ from graftwork.cli import main
 def place(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two LoRAs of unequal rank, a DoRA and two bottlenecks, all trained, and data."""
     folder = tmp_path_factory.mktemp("values")
-    tiny.write_csv(folder / "batched.csv", tiny.feelings(200))
+    tiny.write_csv(folder / "rows.csv", tiny.feelings(200))
     tiny.write_csv(folder / "test.tsv", tiny.feelings(60, seed=1), "\t")
     (folder / "all").mkdir()
     for name, method in (
@@ -29,7 +29,7 @@ def place(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("soft2", "bottleneck(d=4)"),
     ):
         seed = str(len(name))
-        given = ["--backbone", str(bert), "--data", str(folder / "batched.csv"), "--method", method, "--epochs", "3"]
+        given = ["--backbone", str(bert), "--data", str(folder / "rows.csv"), "--method", method, "--epochs", "3"]
         out = str(folder / "all" / name)
         assert main(["train", *given, "--lr", "5e-3", "--seed", seed, "--out", out]) == 0
     return folder

@@ -60,7 +60,9 @@ expressions = st.one_of(
 
 
 @given(expressions)
-@limits(suppress_health_check=[HealthCheck.too_slow], deadline=None)  # the first draw builds hypothesis' tables of Unicode
+@limits(
+    suppress_health_check=[HealthCheck.too_slow], deadline=None
+)  # the first draw builds hypothesis' tables of Unicode
 def test_what_is_printed_parses_back(e: Expr) -> None:
     assert parse(str(e)) == e
 

@@ -41,7 +41,7 @@ def test_every_file_kind_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
 
 
 def test_words_that_look_like_gaps_and_numbers_stay_words(tmp_path: Path) -> None:
-    path = tmp_path / "batched.csv"
+    path = tmp_path / "rows.csv"
     path.write_text("text,label\nnull,007\nNA,1\nNone,02\n")
     rows = data.read(str(path))["train"]
     assert list(rows["text"]) == ["null", "NA", "None"]
@@ -49,7 +49,7 @@ def test_words_that_look_like_gaps_and_numbers_stay_words(tmp_path: Path) -> Non
 
 
 def test_a_stray_quotation_mark_in_tabs_is_a_word(tmp_path: Path) -> None:
-    path = tmp_path / "batched.tsv"
+    path = tmp_path / "rows.tsv"
     path.write_text('text\tlabel\n" she said\t1\nit is 5 " wide\t0\n')
     assert list(data.read(str(path))["train"]["text"]) == ['" she said', 'it is 5 " wide']
 

@@ -24,8 +24,8 @@ STEPS = {"steps": 12, "lr": 5e-3, "evaluate_every": 6}
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
     tiny.backbone("bert", folder / "bert")
-    tiny.write_csv(folder / "batched.csv", tiny.feelings(160))
-    data = DataSettings(str(folder / "batched.csv"), holdout=0.2)
+    tiny.write_csv(folder / "rows.csv", tiny.feelings(160))
+    data = DataSettings(str(folder / "rows.csv"), holdout=0.2)
     train(
         TrainSettings(
             str(folder / "bert"), str(folder / "one"), data, "lora(r=4)", name="it", fit=FitSettings(batch=8, **STEPS)
@@ -53,7 +53,7 @@ def run(place: Path, out: str, *more: str) -> None:
         "--backbone",
         str(place / "bert"),
         "--data",
-        str(place / "batched.csv"),
+        str(place / "rows.csv"),
         "--holdout",
         "0.2",
         "--method",
@@ -97,7 +97,7 @@ def test_fsdp2(place: Path) -> None:
     checkpoint = place / "fsdp" / "checkpoints" / "checkpoint-6"
     assert (checkpoint / "optimizer.bin").is_file()  # FSDP's own form: it was FSDP that ran
     # an adapter trained in shards opens on one whole backbone
-    data = chosen_split(str(place / "batched.csv"))
+    data = chosen_split(str(place / "rows.csv"))
     assert open_trained(place / "fsdp").evaluate(data) == pytest.approx(
         open_trained(place / "one").evaluate(data), abs=1e-4
     )

@@ -29,7 +29,7 @@ FIT = FitSettings(steps=160, batch=8, lr=5e-3, evaluate_every=20, accumulate=2, 
 def job(tmp_path_factory: pytest.TempPathFactory) -> TrainSettings:
     folder = tmp_path_factory.mktemp("resume")
     backbone = tiny.backbone("bert", folder / "bert", hidden_dropout_prob=0.2)
-    data = tiny.write_csv(folder / "batched.csv", tiny.feelings(200))
+    data = tiny.write_csv(folder / "rows.csv", tiny.feelings(200))
     return TrainSettings(
         str(backbone), str(folder / "whole"), DataSettings(str(data), holdout=0.2), METHOD, name="it", fit=FIT
     )

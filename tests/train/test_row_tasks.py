@@ -27,7 +27,7 @@ def contrary(count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def settings(tmp_path: Path, method: str, out: str = "out", column: str | None = "source", **fit: Any) -> TrainSettings:
-    data = tmp_path / "batched.jsonl"
+    data = tmp_path / "rows.jsonl"
     data.write_text("\n".join(json.dumps(row) for row in contrary(600)))
     folder = tmp_path / "bert"
     if not folder.exists():

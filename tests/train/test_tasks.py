@@ -155,7 +155,7 @@ def job(backbone: Path, data: Path | str, out: Path, case: Case, **fit: Any) -> 
 @pytest.mark.parametrize("name", list(CASES))
 def test_a_task_is_learnt(name: str, backbones: Callable[[str], Path], tmp_path: Path) -> None:
     case = CASES[name]
-    data = tiny.write_jsonl(tmp_path / "batched.jsonl", case.rows(case.count))
+    data = tiny.write_jsonl(tmp_path / "rows.jsonl", case.rows(case.count))
     start = train(job(backbones(case.backbone), data, tmp_path / "start", case, steps=1, lr=1e-12))
     result = train(job(backbones(case.backbone), data, tmp_path / "out", case, epochs=case.epochs, lr=case.lr))
     assert result.task.name == case.kind

@@ -33,14 +33,6 @@ CONFIG, SAFE, TORCH = "adapter_config.json", "adapter.safetensors", "pytorch_ada
 SETUP = "adapter_setup.json"
 PLAIN: tuple[Family, ...] = (Bottlenecks(), Compacters(), Loras(), Prefixes(), Refts())
 FAMILIES: tuple[Family, ...] = (*(Gates(family) for family in PLAIN), *PLAIN)
-# before there were names of their own for each: kinds of adapters, and what they are called now
-LEGACY = {
-    "attention_text_task_adapters": "adapters",
-    "attention_text_lang_adapters": "adapters",
-    "layer_text_task_adapters": "adapters",
-    "layer_text_lang_adapters": "adapters",
-    "invertible_lang_adapters": "invertible_adapters",
-}
 VERSION = "adapters.1.3.0"
 
 

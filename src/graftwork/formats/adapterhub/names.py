@@ -24,6 +24,7 @@ LEGACY = {
     "attention_text_lang_adapters": "adapters",
     "layer_text_task_adapters": "adapters",
     "layer_text_lang_adapters": "adapters",
+    "invertible_lang_adapters": "invertible_adapters",
 }
 
 
