@@ -102,6 +102,34 @@ SETTINGS: dict[str, list[Setting]] = {
         Setting({"r": 3, "exact": True}, "exact", exact=False, from_weight=True, hosts="linear_wide conv2d bert"),
     ],
     "vera": [Setting({"r": 8}, refuses="")],
+    "ether": [
+        Setting({"blocks": 2}, identity=False, refuses=""),
+        Setting({"side": "smaller"}, "smaller", False, hosts="linear_wide conv2d bert"),
+    ],
+    "ether_plus": [
+        Setting({"blocks": 4}, identity=True, exact=False, refuses=""),
+        Setting({"side": "input"}, "input", True, exact=False, hosts="linear_wide conv2d bert"),
+        Setting({"side": "output"}, "output", True, exact=False, hosts="linear_wide conv1d multihead"),
+    ],
+    "road": [
+        Setting({"group": 4}, identity=True, refuses=""),
+        Setting({"group": 4, "variant": "2"}, "2", True, hosts="linear_square conv2d experts bert"),
+        Setting({"group": 2, "variant": "4"}, "4", True, hosts="linear_square conv2d experts gpt2"),
+    ],
+    "oft": [
+        Setting({"block_size": 4}, identity=True, refuses=""),
+        Setting({"blocks": 2, "exact": True}, "exact", True, hosts="linear_wide conv2d embedding experts llama"),
+        Setting({"block_size": 4, "share": True}, "share", True, hosts="linear_wide conv2d experts bert"),
+    ],
+    "boft": [
+        Setting(identity=True, refuses=""),
+        Setting({"block_size": 2, "factors": 2}, "factors", True, hosts="linear_wide conv1d conv2d experts llama"),
+    ],
+    "hra": [
+        Setting({"r": 4}, identity=True, exact=False, refuses=""),
+        Setting({"r": 3}, "odd", False, hosts="linear_wide conv2d embedding bert"),
+        Setting({"r": 3, "gram_schmidt": True}, "gram_schmidt", False, hosts="linear_wide conv2d experts llama"),
+    ],
     "poly": [
         # without draws: what a training pass computes is compared with another one
         Setting({"r": 2, "skills": 3, "splits": 2, "stochastic": False}, identity=True, refuses=NOT_PRODUCTS),

@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .delta import Delta, WeightDelta
@@ -190,7 +191,8 @@ def on_rows(delta: WeightDelta, base: Callable[[Tensor], Tensor], host: Host, x:
     y = base(x)
     a, b = delta.view.rows or (0, y.shape[-1])
     part = y[..., a:b]
-    new = delta.linear(x, lambda _: part, host)
+    # where it changes the input, it asks for these outputs again
+    new = delta.linear(x, lambda given: part if given is x else F.linear(given, host.weight, host.bias), host)
     # what was not written in place may have kept `part` for the backward pass: y must stay as it is
     return y if new is part else torch.cat([y[..., :a], new, y[..., b:]], dim=-1)
 

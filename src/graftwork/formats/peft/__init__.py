@@ -35,6 +35,7 @@ from .ia3 import Ia3
 from .lora import Lora
 from .modules import Beft, LnTuning
 from .mutated import plain
+from .orthogonal import Boft, Hra, Oft, Road
 from .poly import PolySkills
 from .prompts import AdaptionPrompt, PrefixTuning, SoftPrompts
 from .tokens import Tokens
@@ -48,6 +49,10 @@ _ALL: tuple[Family, ...] = (
     Ia3(),
     Vera(),
     PolySkills(),
+    Oft(),
+    Boft(),
+    Hra(),
+    Road(),
     SoftPrompts("PROMPT_TUNING"),
     SoftPrompts("P_TUNING"),
     PrefixTuning(),
@@ -70,6 +75,7 @@ FREE = (
     "tau",
     "prior",
     "router_lr",
+    "penalty",
 )
 
 
