@@ -46,6 +46,7 @@ _HOME = {
     "methods.weight.poly": "Poly",
     "methods.weight.loha": "LoHa",
     "methods.weight.lokr": "LoKr",
+    "methods.weight.subspace": "Subspace intrinsic_dimension",
     "methods.weight.moka_kron": "MoKAKron",
     "methods.weight.kadaptation": "KAdaptation",
     "methods.weight.soka": "SoKA",

@@ -142,6 +142,7 @@ SETTINGS: dict[str, list[Setting]] = {
             hosts="linear_square conv2d bert",
         ),
     ],
+    "subspace": [Setting({"k": 4}, identity=True, refuses="", lr=1.0)],
     "soka": [
         Setting({"r": 3}, identity=True, refuses="", from_weight=True),
     ],

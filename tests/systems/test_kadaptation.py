@@ -116,3 +116,41 @@ def test_kadaptation__counts():
 def test_kadaptation__t_must_divide():
     with pytest.raises(gw.GraftError, match="does not divide"):
         layer(24, 16, t=5)
+
+
+@pytest.mark.parametrize("k", [6, 12])
+def test_kadaptation__intrinsic_dimension(k):
+    """A task that only looks at k directions of the weight: a random subspace of k dimensions solves it, and no smaller one."""
+    torch.manual_seed(0)
+    looks, wanted = torch.randn(k, 12 * 10) / 120**0.5, torch.randn(k)
+
+    def train(method):
+        torch.manual_seed(1)
+        model = around(nn.Linear(12, 10))
+        adapter = gw.graft(model, method, head=False)
+        (delta,) = adapter.deltas()
+        optimiser = torch.optim.LBFGS(list(adapter.parameters()), max_iter=200, line_search_fn="strong_wolfe")
+
+        def loss():
+            return (
+                (looks @ (delta.weight(model.site.weight) - model.site.weight.detach()).flatten() - wanted)
+                .square()
+                .sum()
+            )
+
+        def closure():
+            optimiser.zero_grad()
+            value = loss()
+            value.backward()
+            return value
+
+        optimiser.step(closure)
+        return 1 - (loss() / wanted.square().sum()).item()  # explained
+
+    full = train(gw.LoRA(r=10, at="/site/"))
+    assert full > 0.99
+    grid = range(2, 21, 2)
+    found = gw.intrinsic_dimension(lambda n: train(gw.Subspace(n, at="/site/")), full, grid, share=0.98)
+    assert abs(found - k) <= 2
+    with pytest.raises(gw.GraftError, match="2: 0"):
+        gw.intrinsic_dimension(lambda n: 0.0, full, [2, 4])

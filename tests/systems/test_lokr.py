@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from adapter_models import llama_of, spread
+from safetensors.torch import save_file
 from torch import nn
 from weight_models import around, counts
 
@@ -126,3 +127,82 @@ def test_lokr__rows_dropped_are_made_up_for_only_if_asked():
         kept = edit.abs().amax(0) > 0
         assert 64 < kept.sum() < 192
         close(edit, torch.where(kept, whole * (256 / kept.sum() if scaled else 1), 0.0), 1e-4)
+
+
+def lycoris_file(path, tensors):
+    save_file({f"lora_unet_site.{name}": t for name, t in tensors.items()}, path)
+    return path
+
+
+def test_lokr__a_lycoris_file_with_two_whole_matrices(tmp_path):
+    """Its scale is 1, whatever alpha is."""
+    torch.manual_seed(0)
+    w1, w2 = torch.randn(4, 4), torch.randn(4, 6)
+    file = lycoris_file(tmp_path / "a.safetensors", {"lokr_w1": w1, "lokr_w2": w2, "alpha": torch.tensor(4.0)})
+    model = around(nn.Linear(24, 16))
+    base = model.site.weight.detach().clone()
+    (method,) = gw.load(model, file, "a").methods
+    assert isinstance(method, gw.LoKr) and method.alpha / method.r == 1.0
+    gw.merge(model)
+    close(model.site.weight - base, torch.kron(w1, w2))
+
+
+LYCORIS = {
+    "low": (nn.Linear(60, 48), {"lokr_w1": (6, 6), "lokr_w2_a": (8, 2), "lokr_w2_b": (2, 10)}, 2),
+    "both": (
+        nn.Linear(60, 48),
+        {"lokr_w1_a": (6, 2), "lokr_w1_b": (2, 6), "lokr_w2_a": (8, 2), "lokr_w2_b": (2, 10)},
+        2,
+    ),
+    "factor": (nn.Linear(60, 48), {"lokr_w1": (4, 4), "lokr_w2_a": (12, 3), "lokr_w2_b": (3, 15)}, 3),
+    "kernel": (nn.Conv2d(12, 48, 3), {"lokr_w1": (6, 3), "lokr_w2_a": (8, 2), "lokr_w2_b": (2, 36)}, 2),
+    "core": (
+        nn.Conv2d(12, 48, 3),
+        {"lokr_w1": (6, 3), "lokr_t2": (2, 2, 3, 3), "lokr_w2_a": (2, 8), "lokr_w2_b": (2, 4)},
+        2,
+    ),
+    "conv1d": (nn.Conv1d(6, 8, 3), {"lokr_w1": (2, 2), "lokr_w2": (4, 3, 3)}, 0),
+}
+
+
+@pytest.mark.parametrize("case", LYCORIS)
+def test_lokr__lycoris_files(case, tmp_path):
+    """The rank and the way of dividing follow from the shapes."""
+    site, shapes, r = LYCORIS[case]
+    torch.manual_seed(0)
+    t = {name: torch.randn(shape) for name, shape in shapes.items()}
+    model = around(site)
+    w = model.site.weight.detach().clone()
+    gw.load(model, lycoris_file(tmp_path / "a.safetensors", {**t, "alpha": torch.tensor(1.0)}), "a")
+    w1 = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
+    if "lokr_t2" in t:
+        w2 = torch.einsum("pqkl,po,qi->oikl", t["lokr_t2"], t["lokr_w2_a"], t["lokr_w2_b"])
+    else:
+        w2 = t["lokr_w2"] if "lokr_w2" in t else t["lokr_w2_a"] @ t["lokr_w2_b"]
+    expected = torch.kron(w1, w2.flatten(1)).reshape(w.shape) / (r or 1)
+    gw.merge(model)
+    close(model.site.weight - w, expected, 1e-4)
+    gw.unmerge(model)
+    gw.remove(model, "a")
+    wrong = {**t, next(iter(t)): torch.randn(5, 5)}
+    with pytest.raises(gw.GraftError):
+        gw.load(model, lycoris_file(tmp_path / "b.safetensors", wrong), "b")
+    assert not gw.adapters(model)
+
+
+def test_lokr__what_a_file_lacks_is_named(tmp_path):
+    model = around(nn.Linear(24, 16))
+    file = lycoris_file(tmp_path / "a.safetensors", {"lokr_w1": torch.ones(4, 4)})
+    with pytest.raises(gw.GraftError, match=r"lokr_w2_b"):
+        gw.load(model, file)
+
+
+def test_lokr__loha_files_of_lycoris(tmp_path):
+    torch.manual_seed(0)
+    t = {"hada_w1_a": (16, 3), "hada_w1_b": (3, 24), "hada_w2_a": (16, 3), "hada_w2_b": (3, 24)}
+    t = {name: torch.randn(shape) for name, shape in t.items()}
+    model = around(nn.Linear(24, 16))
+    w = model.site.weight.detach().clone()
+    gw.load(model, lycoris_file(tmp_path / "a.safetensors", {**t, "alpha": torch.tensor(6.0)}), "a")
+    gw.merge(model)
+    close(model.site.weight - w, 2 * (t["hada_w1_a"] @ t["hada_w1_b"]) * (t["hada_w2_a"] @ t["hada_w2_b"]), 1e-4)

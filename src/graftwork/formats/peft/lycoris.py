@@ -36,20 +36,8 @@ class Loha:
         made = []
         for path, site in _adapted(config, body).items():
             method = LoHa(**_common(config, path))
-            made.append((method, self._slots(method, site, f"{PREFIX}{path}.hada_")))
+            made.append((method, loha_slots(method, site, f"{PREFIX}{path}.hada_")))
         return [*grouped(made), *extras.behind(config, body)]
-
-    def _slots(self, method: LoHa, site: Site, key: str) -> list[Slot]:
-        w, r, kernel = site.weight, method.r, method.kernel(site.weight)
-        d_in = w.d_in // math.prod(kernel)
-        slots = []
-        for i in (1, 2):
-            # beside a core it is stored [r, out]
-            slots.append(_turned(f"{key}w{i}_a", site, f"up{i}", (w.d_out, r), bool(kernel)))
-            slots.append(shaped(f"{key}w{i}_b", site, f"down{i}", (r, d_in), (r, d_in)))
-            if kernel:
-                slots.append(_core(f"{key}t{i}", site, f"core{i}", r, kernel))
-        return slots
 
     def config(self, held: Held, body: Body) -> dict[str, Any]:
         return _config(held, body, LoHa)
@@ -74,32 +62,12 @@ class Lokr:
                 rank_dropout_scale=scaled,
                 **_common(config, path),
             )
-            made.append((method, self._slots(method, site, f"{PREFIX}{path}.lokr_", config)))
+            shapes = method.shapes(site.weight)
+            if len(shapes.kernel) == 1 and not shapes.right_low:
+                found = f"{path!r} is a convolution over one axis whose W2 is whole"
+                raise config.error(found, "PEFT's update of such a module is no Kronecker product")
+            made.append((method, lokr_slots(method, site, f"{PREFIX}{path}.lokr_")))
         return [*grouped(made), *extras.behind(config, body)]
-
-    def _slots(self, method: LoKr, site: Site, key: str, config: Config) -> list[Slot]:
-        d, r = method.shapes(site.weight), method.r
-        if len(d.kernel) == 1 and not d.right_low:
-            found = f"{site.path!r} is a convolution over one axis whose W2 is whole"
-            raise config.error(found, "PEFT's update of such a module is no Kronecker product")
-        n = d.in_n * math.prod(d.kernel)
-        if d.left_low:
-            left = [
-                shaped(f"{key}w1_a", site, "left.up", (d.out_l, r), (d.out_l, r)),
-                shaped(f"{key}w1_b", site, "left.down", (r, d.in_m), (r, d.in_m)),
-            ]
-        else:
-            left = [shaped(f"{key}w1", site, "left.whole", (d.out_l, d.in_m), (d.out_l, d.in_m))]
-        if not d.right_low:
-            right = [shaped(f"{key}w2", site, "right.whole", (d.out_k, n), (d.out_k, d.in_n, *d.kernel))]
-        else:
-            columns = d.in_n if d.core else n
-            right = [
-                _turned(f"{key}w2_a", site, "right.up", (d.out_k, r), d.core),
-                shaped(f"{key}w2_b", site, "right.down", (r, columns), (r, columns)),
-                *([_core(f"{key}t2", site, "right.core", r, d.kernel)] if d.core else []),
-            ]
-        return [*left, *right]
 
     def config(self, held: Held, body: Body) -> dict[str, Any]:
         m = next(m for m, _ in held if isinstance(m, LoKr))
@@ -109,6 +77,43 @@ class Lokr:
             "rank_dropout_scale": m.rank_dropout_scale,
             **_config(held, body, LoKr),
         }
+
+
+def loha_slots(method: LoHa, site: Site, key: str) -> list[Slot]:
+    """Which tensor of the delta is which key, `key` in front of all."""
+    w, r, kernel = site.weight, method.r, method.kernel(site.weight)
+    d_in = w.d_in // math.prod(kernel)
+    slots = []
+    for i in (1, 2):
+        # beside a core it is stored [r, out]
+        slots.append(_turned(f"{key}w{i}_a", site, f"up{i}", (w.d_out, r), bool(kernel)))
+        slots.append(shaped(f"{key}w{i}_b", site, f"down{i}", (r, d_in), (r, d_in)))
+        if kernel:
+            slots.append(_core(f"{key}t{i}", site, f"core{i}", r, kernel))
+    return slots
+
+
+def lokr_slots(method: LoKr, site: Site, key: str) -> list[Slot]:
+    """Which tensor of the delta is which key, `key` in front of all."""
+    d, r = method.shapes(site.weight), method.r
+    n = d.in_n * math.prod(d.kernel)
+    if d.left_low:
+        left = [
+            shaped(f"{key}w1_a", site, "left.up", (d.out_l, r), (d.out_l, r)),
+            shaped(f"{key}w1_b", site, "left.down", (r, d.in_m), (r, d.in_m)),
+        ]
+    else:
+        left = [shaped(f"{key}w1", site, "left.whole", (d.out_l, d.in_m), (d.out_l, d.in_m))]
+    if not d.right_low:
+        right = [shaped(f"{key}w2", site, "right.whole", (d.out_k, n), (d.out_k, d.in_n, *d.kernel))]
+    else:
+        columns = d.in_n if d.core else n
+        right = [
+            _turned(f"{key}w2_a", site, "right.up", (d.out_k, r), d.core),
+            shaped(f"{key}w2_b", site, "right.down", (r, columns), (r, columns)),
+            *([_core(f"{key}t2", site, "right.core", r, d.kernel)] if d.core else []),
+        ]
+    return [*left, *right]
 
 
 def _adapted(config: Config, body: Body) -> dict[str, Site]:
