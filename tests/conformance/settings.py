@@ -138,6 +138,47 @@ SETTINGS: dict[str, list[Setting]] = {
         ),
         Setting({"r": 2, "skills": 2, "allocation": ("11",)}, "fixed", True, hosts="bert llama"),
     ],
+    "loha": [
+        Setting({"r": 2}, identity=True, refuses="", lr=0.5),
+        Setting(
+            {"r": 3, "effective": True, "init": "lycoris"}, "effective", True, hosts="linear_wide conv2d conv2d_reflect"
+        ),
+        Setting({"r": 8, "at": "linear"}, "dense", True, hosts="linear_wide conv1d bert encoder"),
+    ],
+    "lokr": [
+        Setting({"r": 2}, identity=True, refuses="", lr=0.1),
+        Setting(
+            {"r": 1, "decompose_both": True, "decompose_factor": 4, "init": "lycoris"},
+            "both",
+            True,
+            hosts="linear_wide conv1d bert",
+            lr=0.1,
+        ),
+        Setting({"r": 1, "effective": True}, "effective", True, hosts="conv2d conv2d_reflect", lr=0.1),
+    ],
+    "moka_kron": [
+        Setting({"r": 4}, identity=True, refuses="", lr=0.5),
+        Setting({"r": 2, "fixed": True, "gate": "uniform"}, "fixed", True, hosts="linear_wide conv1d bert", lr=0.5),
+        Setting({"r": 2, "shapes": ("1x4", "2x1")}, "shapes", True, hosts="linear_square llama", lr=0.5),
+    ],
+    "kadaptation": [
+        # without dropout: what a training pass computes is compared with another one
+        Setting({"t": 2, "update_dropout": 0.0, "bias": False}, identity=True, refuses="", lr=0.05),
+        Setting(
+            {"t": 4, "slow_rank": 2, "fast_rank": 2, "update_dropout": 0.0, "at": "linear"},
+            "bias",
+            True,
+            hosts="linear_square conv2d bert",
+        ),
+    ],
+    "subspace": [Setting({"k": 4}, identity=True, refuses="", lr=1.0)],
+    "soka": [
+        Setting({"r": 3}, identity=True, refuses="", from_weight=True),
+    ],
+    "abba": [
+        Setting({"r1": 2, "r2": 2}, identity=True, refuses="", from_weight=True),
+        Setting({"r1": 5, "r2": 6, "scale": "paper"}, "dense", True, hosts="linear_wide llama", from_weight=True),
+    ],
     "adalora": [Setting({"init_r": 4, "target_r": 2, "every": 1}, refuses="", lr=0.5)],
     "ia3": [
         Setting(identity=True, refuses=""),

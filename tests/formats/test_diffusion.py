@@ -205,7 +205,7 @@ def test_magnitudes_per_input_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "word"), [("hada_w1_a", "LoHa"), ("lokr_w1", "LoKr"), ("oft_blocks", "OFT"), ("diff", "full")]
+    ("part", "word"), [("oft_blocks", "OFT"), ("boft_blocks", "BOFT"), ("diff", "full"), ("glora_a1", "GLoRA")]
 )
 def test_other_methods_are_refused_by_name(part: str, word: str, tmp_path: Path) -> None:
     tensors = {f"lora_unet_conv_in.{part}": torch.ones(2, 2), "lora_unet_conv_in.alpha": torch.tensor(1.0)}

@@ -82,7 +82,7 @@ def table(modules: Mapping[str, nn.Module], rows: Rows, adapters: Mapping[str, A
 def drops(method: Method) -> bool:
     """Whether it has dropout."""
     values = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
-    return any(bool(values.get(name)) for name in ("dropout", "drop_path")) or any(
+    return any(bool(v) for name, v in values.items() if name.endswith(("dropout", "drop_path"))) or any(
         drops(v) for v in values.values() if isinstance(v, Method)
     )
 

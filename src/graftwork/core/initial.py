@@ -104,6 +104,11 @@ def values(source: Tensor) -> Initial:
     return lambda t, generator: t.copy_(source.detach())
 
 
+def made(make: Callable[[], Tensor]) -> Initial:
+    """A copy of make(), which is called only where values are wanted: not on the meta device, nor where stored ones will follow."""
+    return lambda t, generator: t.copy_(make().detach())
+
+
 def normal(std: float = 1.0) -> Initial:
     """N(0, std^2)."""
     return lambda t, generator: t.normal_(0.0, std, generator=generator)
@@ -119,11 +124,11 @@ def uniform(low: float, high: float) -> Initial:
     return lambda t, generator: t.uniform_(low, high, generator=generator)
 
 
-def kaiming_uniform(a: float = math.sqrt(5)) -> Initial:
-    """U(-b, b), b = sqrt(6 / ((1 + a^2) fan_in)), fan_in the last axis (leading axes are a batch of matrices)."""
+def kaiming_uniform(a: float = math.sqrt(5), fan_in: int | None = None) -> Initial:
+    """U(-b, b), b = sqrt(6 / ((1 + a^2) fan_in)), fan_in the last axis unless given (leading axes are a batch of matrices)."""
 
     def fill(t: Tensor, generator: torch.Generator | None) -> None:
-        bound = math.sqrt(6 / ((1 + a * a) * t.shape[-1]))
+        bound = math.sqrt(6 / ((1 + a * a) * (fan_in or t.shape[-1])))
         t.uniform_(-bound, bound, generator=generator)
 
     return fill

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from torch import nn
+from torch import Tensor, nn
 
 from .weight import Weight, weight_of
 
@@ -54,6 +54,13 @@ class Site:
     def weight(self) -> Weight:
         """The dense [out, in] view of the site's parameter. GraftError where it has none."""
         return weight_of(self.module, self.param, self.rows, self.transposed)
+
+    @property
+    def dense(self) -> Tensor:
+        """The values of the weight now, [*batch, out, in]; without gradients."""
+        stored = self.module._parameters[self.weight.name]
+        assert stored is not None
+        return self.weight.dense(stored.detach())
 
     @property
     def entered(self) -> str | None:

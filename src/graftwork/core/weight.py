@@ -69,6 +69,11 @@ class Weight:
         """How many matrices the view holds (E for experts)."""
         return math.prod(self.batch)
 
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """The kernel of a convolution, whose last axis of the dense view is in / groups * kernel; () for others."""
+        return self.stored[2:] if self.layout == "kernel" else ()
+
     def require_matrix(self, method: str, dropout: float = 0.0) -> None:
         """GraftError unless the view is a matrix, and, with dropout on its input, unless the host multiplies by it."""
         if not self.is_matrix:

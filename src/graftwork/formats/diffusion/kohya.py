@@ -1,4 +1,5 @@
-"""kohya's files: lora_<component>_<path, dots as _>.lora_down.weight, .lora_up.weight, .alpha, and .dora_scale of DoRA.
+"""kohya's files: lora_<component>_<path, dots as _>.lora_down.weight, .lora_up.weight, .alpha, and .dora_scale of DoRA; read
+only, those of LyCORIS's LoHa and LoKr.
 
 Read by sd-scripts, ComfyUI, AUTOMATIC1111, InvokeAI and, converted, diffusers. Where a path has both dots and _ in it, the
 backbone's own paths say which is which.
@@ -20,8 +21,9 @@ from ...methods.weight.lora import LoRA
 from ...sites.body import Body
 from ...store.read import Stored
 from ..files import read_tensors
-from ..pieces import gather
-from . import file
+from ..pieces import gather, grouped
+from ..places import whole_site
+from . import file, lycoris
 from .modules import Keys, alpha_of, method_of, modules_of, pieces, read_alphas, tensors_of, without_mid
 from .names import Named, located, main_component, name_of, read_leads
 
@@ -32,10 +34,9 @@ PARTS = {
     "alpha": "alpha",
     "dora_scale": "magnitude",
 }
+LYCORIS = "lycoris"  # in the place of these, any key of LoHa or LoKr
 # other methods that stand in such files, by what their keys begin with
 OTHERS = {
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
     "oft_": "OFT",
     "boft_": "BOFT",
     "diff": "full differences",
@@ -66,9 +67,14 @@ class Kohya:
         paths, leads = located(map(_named, modules), body, _flat, "_", asked)
         here = {name: modules[name] for name in paths}
         alphas = read_alphas(here, tensors, asked)
+        other = [name for name, keys in here.items() if LYCORIS in keys]
+        here = {name: keys for name, keys in here.items() if LYCORIS not in keys}
         without_mid(here, tensors, asked)
         made = [(paths[name], method_of(keys, tensors, alphas[name]), keys) for name, keys in here.items()]
-        methods, by_site, left_out = gather(pieces(made, _magnitudes, body, asked), tensors, asked, partial)
+        sites = {name: whole_site(body, paths[name], asked) for name in other}
+        rest = grouped(lycoris.module_of(name, site, tensors, alphas[name], asked) for name, site in sites.items())
+        found = [*pieces(made, _magnitudes, body, asked), *rest]
+        methods, by_site, left_out = gather(found, tensors, asked, partial)
         return Stored(file.stored_name(folder), methods, by_site, None, None, {self.name: leads}, left_out)
 
     def backbone(self, folder: Path) -> tuple[str | None, str | None]:
@@ -95,7 +101,9 @@ class Kohya:
 
 def _claims(names: Collection[str]) -> bool:
     split = [name.partition(".") for name in names if name.startswith("lora_")]
-    return any((part in PARTS and part != "alpha") or part.startswith(tuple(OTHERS)) for _, _, part in split)
+    return any(
+        (part in PARTS and part != "alpha") or part.startswith((*OTHERS, *lycoris.STARTS)) for _, _, part in split
+    )
 
 
 def _modules(tensors: Mapping[str, Tensor], asked: str) -> dict[str, Keys]:
@@ -105,12 +113,14 @@ def _modules(tensors: Mapping[str, Tensor], asked: str) -> dict[str, Keys]:
         name, _, part = key.partition(".")
         other = next((method for start, method in OTHERS.items() if part.startswith(start)), None)
         if other is not None:
-            raise GraftError(f"{asked}: {key!r}", f"{other}, a method that is not read", "LoRA and DoRA are")
-        if part in PARTS:
-            out.setdefault(name, {})[PARTS[part]] = key
+            raise GraftError(
+                f"{asked}: {key!r}", f"{other}, a method that is not read", "LoRA, DoRA, LoHa and LoKr are"
+            )
+        if part in PARTS or part.startswith(lycoris.STARTS):
+            out.setdefault(name, {})[PARTS.get(part, LYCORIS)] = key
     for name, keys in out.items():  # what is missing is said to be
         for key, part in PARTS.items():
-            if part in ("down", "up"):
+            if part in ("down", "up") and LYCORIS not in keys:
                 keys.setdefault(part, f"{name}.{key}")
     return dict(out)
 

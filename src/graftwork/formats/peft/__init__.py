@@ -33,6 +33,7 @@ from .extras import valued
 from .family import PREFIX, Family
 from .ia3 import Ia3
 from .lora import Lora
+from .lycoris import Loha, Lokr
 from .modules import Beft, LnTuning
 from .mutated import plain
 from .orthogonal import Boft, Hra, Oft, Road
@@ -48,6 +49,8 @@ _ALL: tuple[Family, ...] = (
     AdaLora(),
     Ia3(),
     Vera(),
+    Loha(),
+    Lokr(),
     PolySkills(),
     Oft(),
     Boft(),
