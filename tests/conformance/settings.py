@@ -43,6 +43,7 @@ class Setting:
     hosts: only these are tried (None: all).
     lr: of plain SGD, where the loss must fall in a few steps.
     caches: generation with a key-value cache gives what it gives without one (otherwise it is refused).
+    adds_biases: a host without a bias gets one.
     thin: parameters that may get no gradient in a small batch, by a part of their name (an expert that no token chose).
     """
 
@@ -56,6 +57,7 @@ class Setting:
     hosts: str | None = None
     thin: tuple[str, ...] = ()
     caches: bool = True
+    adds_biases: bool = False
     lr: float = 0.05
 
 
@@ -108,6 +110,25 @@ SETTINGS: dict[str, list[Setting]] = {
             {"r": 2, "skills": 2, "shared": True, "stochastic": False, "prior": 0.1}, "shared", True, hosts="bert t5"
         ),
         Setting({"r": 2, "skills": 2, "allocation": ("11",)}, "fixed", True, hosts="bert llama"),
+    ],
+    "dylora": [
+        Setting({"r": 3}, identity=True, refuses=""),
+        Setting({"r": 3, "frozen": True, "at": "linear"}, "frozen", True, hosts="linear_wide bert experts"),
+    ],
+    "glora": [
+        Setting({"r": 2}, identity=True, refuses="embedding experts", adds_biases=True),
+        Setting({"r": 2, "c": "none", "d": "none", "e": "none"}, "weights", True, refuses=""),
+        Setting(
+            {"a": "vector", "b": "vector", "c": "vector", "d": "constant", "e": "constant"},
+            "vectors",
+            True,
+            hosts="linear_square linear_read conv2d packed_qkv conv1d",
+        ),
+        Setting({"r": 2, "a": "constant", "b": "constant", "c": "none"}, "constants", True, hosts="linear_square gpt2"),
+    ],
+    "hydra": [
+        Setting(identity=True, refuses="embedding experts", adds_biases=True, lr=0.2),
+        Setting({"bias": False, "r_parallel": 0, "scale": 1.0}, "sequential", True, refuses=""),
     ],
     "adalora": [Setting({"init_r": 4, "target_r": 2, "every": 1}, refuses="", lr=0.5)],
     "ia3": [

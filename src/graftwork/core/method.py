@@ -72,6 +72,9 @@ class Method:
         """Width of what a delta reads at a site: the input of a single weight, otherwise the sub-layer's states."""
         return site.d if site.width is not None else site.weight.d_in
 
+    def begin(self, part: Part) -> None:
+        """A moment of training: a pass of the model begins, in training mode and with gradients, and is not compiled."""
+
     def step(self, part: Part, progress: float) -> None:
         """A moment of the schedule: after the optimiser's step, gradients still there. progress in [0, 1]."""
 
