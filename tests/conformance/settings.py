@@ -126,6 +126,30 @@ SETTINGS: dict[str, list[Setting]] = {
         ),
         Setting({"r": 2, "a": "constant", "b": "constant", "c": "none"}, "constants", True, hosts="linear_square gpt2"),
     ],
+    "loretta_rep": [
+        Setting({"r": 4, "tt_rank": 3}, identity=True, refuses="", lr=0.5),
+        Setting({"r": 2, "cores": 1, "init": "released"}, "one core", False, hosts="linear_wide conv2d bert"),
+    ],
+    "loretta_adp": [
+        Setting({"bottleneck": 8, "tt_rank": 3}, identity=True, refuses=NOT_ACTIVATIONS),
+        Setting({"bottleneck": 6, "init": "released"}, "released", False, hosts="linear_wide bert llama"),
+    ],
+    "surm": [
+        Setting({"kind": "kronecker", "r": 4}, "kronecker", True, refuses="", lr=0.2),
+        Setting(
+            identity=True,
+            label="circulant",
+            hosts="linear_square linear_wide packed_qkv multihead bert llama",
+            refuses="linear_wide llama",
+        ),
+        Setting({"kind": "toeplitz", "at": "q"}, "toeplitz", True, hosts="linear_square bert llama t5"),
+        Setting({"kind": "ldr", "at": "q"}, "ldr", True, hosts="linear_square multihead bert llama gpt2"),
+    ],
+    "surm_adapter": [
+        Setting(identity=True, refuses=NOT_ACTIVATIONS),
+        Setting({"kind": "ldr"}, "ldr", True, hosts="linear_wide llama"),
+        Setting({"kind": "kronecker", "r": 4}, "kronecker", True, hosts="linear_wide bert"),
+    ],
     "hydra": [
         Setting(identity=True, refuses="embedding experts", adds_biases=True, lr=0.2),
         Setting({"bias": False, "r_parallel": 0, "scale": 1.0}, "sequential", True, refuses=""),

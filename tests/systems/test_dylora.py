@@ -134,6 +134,21 @@ def test_dylora__another_process_and_a_resumed_run_draw_the_same(tmp_path):
     assert drawn == [adapter.methods[0].draw(3)] * 3
 
 
+def test_dylora__one_that_is_not_trained_has_all_its_ranks():
+    model = bert().train()
+    spread(gw.graft(model, gw.DyLoRA(r=8), "a", head=False))
+    model(ids())
+    gw.adapters(model)["a"].trainable = False
+    gw.graft(model, gw.LoRA(), "b", head=False)
+    gw.activate(model, "a >> b")
+    steps = gw.adapters(model)["a"].state_dict()["0/shared/schedule.steps"].item()
+    for _ in range(3):
+        model(ids())
+        gw.step(model, 0.5)
+    assert {delta.rank for delta in gw.adapters(model)["a"].deltas()} == {8}
+    assert gw.adapters(model)["a"].state_dict()["0/shared/schedule.steps"].item() == steps
+
+
 def test_dylora__counts():
     assert counts(roberta_of("base"), gw.DyLoRA(r=8)) == (294_912, 294_912)
     with pytest.raises(gw.GraftError, match="3 numbers"):

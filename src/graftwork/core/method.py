@@ -29,7 +29,7 @@ class Method:
 
     identity: the grafted model computes exactly what the backbone does before any training.
     mergeable: the delta can be written into the backbone's weights.
-    needs: what must be called around training: "step" (a schedule), "calibrate" (data before training).
+    needs: what must be called around training: "step" (a schedule), "calibrate" (data before training), "begin" (every training pass).
     mixes: it mixes other adapters where these act: its deltas are `Mixer`s, and its options say `of` which (the texts of expressions)
         and whether they are trained with it (`joint`).
     trains: its deltas have parameters.

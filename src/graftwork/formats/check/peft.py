@@ -29,6 +29,7 @@ NAMES = {
     "ADALORA": ("lora_A", "lora_B", "lora_E", "ranknum"),
     "IA3": ("ia3_l",),
     "VERA": ("vera_lambda_b", "vera_lambda_d", "vera_A", "vera_B"),
+    "GLORA": ("glora_A", "glora_B", "glora_C", "glora_D", "glora_E"),
     "POLY": ("poly_lora_A", "poly_lora_B", "poly_router"),
     "LN_TUNING": ("ln_tuning_layers",),
     "TRAINABLE_TOKENS": ("trainable_tokens_delta",),
@@ -38,7 +39,7 @@ NAMES = {
 MODEL = "base_model."  # before what the peer's model holds once for all modules
 ROWS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 PAIRS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
-TARGETED = ("LORA", "ADALORA", "IA3", "VERA", "POLY")  # whose target_modules name the modules of their tensors
+TARGETED = ("LORA", "ADALORA", "IA3", "VERA", "POLY", "GLORA")  # whose target_modules name the modules of their tensors
 KEY = re.compile(
     r"(?P<path>.*?)\.(?:base_layer\.)*(?P<name>" + "|".join({n for v in NAMES.values() for n in v}) + r")(\..*)?"
 )

@@ -31,6 +31,7 @@ from .adalora import AdaLora
 from .config import config_of
 from .extras import valued
 from .family import PREFIX, Family
+from .glora import GLora
 from .ia3 import Ia3
 from .lora import Lora
 from .modules import Beft, LnTuning
@@ -47,6 +48,7 @@ _ALL: tuple[Family, ...] = (
     AdaLora(),
     Ia3(),
     Vera(),
+    GLora(),
     PolySkills(),
     SoftPrompts("PROMPT_TUNING"),
     SoftPrompts("P_TUNING"),

@@ -1,8 +1,7 @@
 """DyLoRA: one LoRA, trained for all ranks at once, so that any of them can be cut out of it.
 
 Valipour et al. 2022, "DyLoRA: Parameter Efficient Tuning of Pre-trained Models using Dynamic Search-Free Low-Rank
-Adaptation", arXiv 2210.07558, section 4; huawei-noah/Efficient-NLP. That code multiplies A and B by sqrt(r / b) each,
-under a scale alpha / r: the alpha / b of here.
+Adaptation", arXiv 2210.07558, section 4; huawei-noah/Efficient-NLP.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class DyLoRA(Method):
     gw.combine(model, "cut", {"adapter": 1.0}), whose LoRA of rank b is exact.
     r: the largest rank.  distribution: p_B, r numbers in any scale; empty is uniform.  dropout: on the input of A, in
         training only.
-    frozen: only row b of A and column b of B learn; 1 to b - 1 are held (the paper's cheaper rule).
+    frozen: only row b of A and column b of B learn (the paper's cheaper rule).
     Init: A kaiming-uniform (a = sqrt 5), B zero; on an embedding A zero, B N(0, 1).
     Parameters: r (in + out) per weight; b (in + out) of what is cut out.
     """
@@ -70,8 +69,7 @@ class DyLoRA(Method):
 
     def draw(self, step: int) -> int:
         """b of a step."""
-        chosen = random.Random(f"{self.seed} {step}").choices(range(1, self.r + 1), self.distribution or None)
-        return chosen[0]
+        return random.Random(f"{self.seed} {step}").choices(range(1, self.r + 1), self.distribution or None)[0]
 
     def begin(self, part: Part) -> None:
         b = self.draw(int(part.shared("schedule", Steps).steps))
@@ -80,10 +78,10 @@ class DyLoRA(Method):
                 delta.begin(b)
 
     def step(self, part: Part, progress: float) -> None:
-        for delta in part.deltas.values():
-            if isinstance(delta, Nested):
-                delta.hold()
-        part.shared("schedule", Steps).steps += 1
+        trained = [d for d in part.deltas.values() if isinstance(d, Nested) and d.down.requires_grad]
+        for delta in trained:
+            delta.hold()
+        part.shared("schedule", Steps).steps += bool(trained)
         self.begin(part)  # a compiled pass does not ask
 
 
@@ -108,7 +106,7 @@ class Nested(WeightDelta):
         self.up = w.parameter(w.d_out, method.r, normal() if w.lookup else zeros)
         self.r, self.alpha, self.frozen, self.dropout = method.r, method.alpha, method.frozen, method.dropout
         self.drawn: int | None = None
-        self.before: tuple[Tensor, Tensor] | None = None  # the factors when the step began
+        self.before: tuple[Tensor, Tensor] | None = None  # the factors then
 
     @property
     def rank(self) -> int:
@@ -135,13 +133,14 @@ class Nested(WeightDelta):
         return low_rank(x, base, host, *self.cut(), self.dropout if self.training else 0.0)
 
     def begin(self, b: int) -> None:
-        """A pass of a step with the draw b begins."""
-        self.drawn, self.before = b, (self.down.detach().clone(), self.up.detach().clone())
+        """A pass of a step with the draw b begins. One that is not trained has all its ranks."""
+        self.drawn = b if self.down.requires_grad else None
+        self.before = (self.down.detach().clone(), self.up.detach().clone()) if self.drawn else None
 
     @torch.no_grad()
     def hold(self) -> None:
         """After the optimiser's step: what the draw leaves out is as it was before."""
-        if self.before is None or self.drawn is None:
+        if self.drawn is None or self.before is None:
             return
         down, up = self.before
         for rows in (slice(0, self.drawn - 1 if self.frozen else 0), slice(self.drawn, self.r)):

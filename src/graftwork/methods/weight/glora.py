@@ -60,6 +60,11 @@ class GLoRA(Method):
             raise GraftError(f"{self}", "nothing to train", "give one of a, b, c, d, e")
 
     @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The beginning of a pass, where a supernet draws."""
+        return ("begin",) if self.supernet else ()
+
+    @property
     def kinds(self) -> Choice:
         """The kinds of all five."""
         return Choice(self.a, self.b, self.c, self.d, self.e)
@@ -95,7 +100,9 @@ class GLoRA(Method):
     def begin(self, part: Part) -> None:
         for delta in part.deltas.values() if self.supernet else ():
             if isinstance(delta, Supports):
-                delta.drawn = Choice(*(options[int(torch.randint(len(options), ()))] for options in KINDS.values()))
+                trained = any(p.requires_grad for p in delta.parameters())
+                drawn = (options[int(torch.randint(len(options), ()))] for options in KINDS.values())
+                delta.drawn = Choice(*drawn) if trained else None
 
     def fold(self, part: Part) -> tuple[Method, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
         return self, {key: d.stored() for key, d in part.deltas.items() if isinstance(d, Supports)}, {}
