@@ -44,6 +44,7 @@ class Setting:
     hosts: only these are tried (None: all).
     lr: of plain SGD, where the loss must fall in a few steps.
     caches: generation with a key-value cache gives what it gives without one (otherwise it is refused).
+    adds_biases: a host without a bias gets one.
     thin: parameters that may get no gradient in a small batch, by a part of their name (an expert that no token chose).
     """
 
@@ -57,6 +58,7 @@ class Setting:
     hosts: str | None = None
     thin: tuple[str, ...] = ()
     caches: bool = True
+    adds_biases: bool = False
     lr: float = 0.05
 
 
@@ -178,6 +180,48 @@ SETTINGS: dict[str, list[Setting]] = {
     "abba": [
         Setting({"r1": 2, "r2": 2}, identity=True, refuses="", from_weight=True),
         Setting({"r1": 5, "r2": 6, "scale": "paper"}, "dense", True, hosts="linear_wide llama", from_weight=True),
+    "dylora": [
+        Setting({"r": 3}, identity=True, refuses=""),
+        Setting({"r": 3, "frozen": True, "at": "linear"}, "frozen", True, hosts="linear_wide bert experts"),
+    ],
+    "glora": [
+        Setting({"r": 2}, identity=True, refuses="embedding experts", adds_biases=True),
+        Setting({"r": 2, "c": "none", "d": "none", "e": "none"}, "weights", True, refuses=""),
+        Setting(
+            {"a": "vector", "b": "vector", "c": "vector", "d": "constant", "e": "constant"},
+            "vectors",
+            True,
+            hosts="linear_square linear_read conv2d packed_qkv conv1d",
+        ),
+        Setting({"r": 2, "a": "constant", "b": "constant", "c": "none"}, "constants", True, hosts="linear_square gpt2"),
+    ],
+    "loretta_rep": [
+        Setting({"r": 4, "tt_rank": 3}, identity=True, refuses="", lr=0.5),
+        Setting({"r": 2, "cores": 1, "init": "released"}, "one core", False, hosts="linear_wide conv2d bert"),
+    ],
+    "loretta_adp": [
+        Setting({"bottleneck": 8, "tt_rank": 3}, identity=True, refuses=NOT_ACTIVATIONS),
+        Setting({"bottleneck": 6, "init": "released"}, "released", False, hosts="linear_wide bert llama"),
+    ],
+    "surm": [
+        Setting({"kind": "kronecker", "r": 4}, "kronecker", True, refuses="", lr=0.2),
+        Setting(
+            identity=True,
+            label="circulant",
+            hosts="linear_square linear_wide packed_qkv multihead bert llama",
+            refuses="linear_wide llama",
+        ),
+        Setting({"kind": "toeplitz", "at": "q"}, "toeplitz", True, hosts="linear_square bert llama t5"),
+        Setting({"kind": "ldr", "at": "q"}, "ldr", True, hosts="linear_square multihead bert llama gpt2"),
+    ],
+    "surm_adapter": [
+        Setting(identity=True, refuses=NOT_ACTIVATIONS),
+        Setting({"kind": "ldr"}, "ldr", True, hosts="linear_wide llama"),
+        Setting({"kind": "kronecker", "r": 4}, "kronecker", True, hosts="linear_wide bert"),
+    ],
+    "hydra": [
+        Setting(identity=True, refuses="embedding experts", adds_biases=True, lr=0.2),
+        Setting({"bias": False, "r_parallel": 0, "scale": 1.0}, "sequential", True, refuses=""),
     ],
     "adalora": [Setting({"init_r": 4, "target_r": 2, "every": 1}, refuses="", lr=0.5)],
     "ia3": [

@@ -14,6 +14,7 @@ from peft import (
     AdaptionPromptConfig,
     BeftConfig,
     BOFTConfig,
+    GloraConfig,
     HRAConfig,
     IA3Config,
     LNTuningConfig,
@@ -176,6 +177,17 @@ CASES: dict[str, tuple[str, Any]] = {
         "net",
         LoKrConfig(r=2, target_modules=["conv1", "conv2"], use_effective_conv2d=True, decompose_factor=1),
     ),
+    "glora": ("biased", GloraConfig(r=3, target_modules=["q_proj", "up_proj"], **CAUSAL)),
+    "glora_unbiased": ("llama", GloraConfig(r=3, target_modules=["q_proj", "up_proj"])),
+    "glora_vectors": (
+        "bert",
+        GloraConfig(target_modules=["query", "dense"], config_A_B="vector", config_C="vector", config_D_E="vector"),
+    ),
+    "glora_constants": (
+        "biased",
+        GloraConfig(target_modules=["v_proj"], config_A_B="constant", config_C="none", bias="glora_only"),
+    ),
+    "glora_bias": ("biased", GloraConfig(r=3, target_modules=["v_proj"], config_A_B="none", config_D_E="none")),
     "prompt": ("llama", PromptTuningConfig(num_virtual_tokens=5, **CAUSAL)),
     "prompt_gpt2": ("gpt2", PromptTuningConfig(num_virtual_tokens=5, **CAUSAL)),
     "prompt_t5": (
@@ -311,6 +323,28 @@ def test_the_backbone_need_not_change(case: str, tmp_path: Path) -> None:
     close(outputs(again, name), outputs(theirs, name))
     with again.disable_adapter():
         assert outputs(again, name).equal(bare)
+
+
+def test_what_is_off_in_glora_must_be_zero(peers: Any, tmp_path: Path) -> None:
+    name, folder, _ = peers("glora_bias")
+    tensors = tensors_of(folder)
+    key = next(key for key in tensors if key.endswith("glora_A.zeros"))
+    tensors[key][0, 0] = 1.0
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(gw.GraftError, match="the config says none"):
+        loaded(name, tmp_path)
+
+
+def test_a_supernet_is_no_file_of_theirs(tmp_path: Path) -> None:
+    m = model("biased")
+    gw.graft(m, gw.GLoRA(a="vector", at="q"), "mixed", head=False)
+    with pytest.raises(gw.GraftError, match="no config says"):
+        gw.save(m, "mixed", tmp_path / "mixed", format="peft")
+    gw.graft(m, gw.GLoRA(supernet=True, at="q"), "net", head=False)
+    with pytest.raises(gw.GraftError, match="no method for glora"):
+        gw.save(m, "net", tmp_path / "net", format="peft")
 
 
 def test_a_random_start_is_taken_for_the_exact_one(tmp_path: Path) -> None:

@@ -64,6 +64,16 @@ def words(default: tuple[str, ...] = ()) -> Any:
     return _field(default, lambda v: "" if isinstance(v, tuple) and all(isinstance(w, str) for w in v) else "names")
 
 
+def shares(default: tuple[float, ...] = ()) -> Any:
+    """A tuple of numbers >= 0, not all of them 0: what one is chosen by. Empty: all alike."""
+
+    def check(v: Any) -> str:
+        ok = isinstance(v, tuple) and all(_real(n) and 0 <= n < float("inf") for n in v) and (not v or any(v))
+        return "" if ok else "numbers >= 0, one of them more"
+
+    return _field(default, check)
+
+
 def where(default: str) -> Any:
     """Sites: roles, "/regex/", or a callable (see `graftwork.sites.where`)."""
 

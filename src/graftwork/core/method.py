@@ -29,7 +29,7 @@ class Method:
 
     identity: the grafted model computes exactly what the backbone does before any training.
     mergeable: the delta can be written into the backbone's weights.
-    needs: what must be called around training: "step" (a schedule), "calibrate" (data before training).
+    needs: what must be called around training: "step" (a schedule), "calibrate" (data before training), "begin" (every training pass).
     mixes: it mixes other adapters where these act: its deltas are `Mixer`s, and its options say `of` which (the texts of expressions)
         and whether they are trained with it (`joint`).
     trains: its deltas have parameters.
@@ -71,6 +71,9 @@ class Method:
     def reads(self, site: Site) -> int:
         """Width of what a delta reads at a site: the input of a single weight, otherwise the sub-layer's states."""
         return site.d if site.width is not None else site.weight.d_in
+
+    def begin(self, part: Part) -> None:
+        """A moment of training: a pass of the model begins, in training mode and with gradients, and is not compiled."""
 
     def step(self, part: Part, progress: float) -> None:
         """A moment of the schedule: after the optimiser's step, gradients still there. progress in [0, 1]."""

@@ -68,6 +68,10 @@ class Root(Graft):
         """The model itself was called."""
         if training and not torch.compiler.is_compiling():
             self.clock.tick()
+            if torch.is_grad_enabled():
+                for name in self.active:
+                    for part in self.adapters[name].parts:
+                        part.method.begin(part)
 
     def end(self) -> None:
         """The model's call is over."""

@@ -31,6 +31,7 @@ NAMES = {
     "LOHA": ("hada_w1_a", "hada_w1_b", "hada_t1", "hada_w2_a", "hada_w2_b", "hada_t2"),
     "LOKR": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
     "VERA": ("vera_lambda_b", "vera_lambda_d", "vera_A", "vera_B"),
+    "GLORA": ("glora_A", "glora_B", "glora_C", "glora_D", "glora_E"),
     "POLY": ("poly_lora_A", "poly_lora_B", "poly_router"),
     "LN_TUNING": ("ln_tuning_layers",),
     "TRAINABLE_TOKENS": ("trainable_tokens_delta",),
@@ -40,15 +41,8 @@ NAMES = {
 MODEL = "base_model."  # before what the peer's model holds once for all modules
 ROWS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 PAIRS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
-TARGETED = (
-    "LORA",
-    "ADALORA",
-    "IA3",
-    "VERA",
-    "LOHA",
-    "LOKR",
-    "POLY",
-)  # whose target_modules name the modules of their tensors
+# whose target_modules name the modules of their tensors
+TARGETED = ("LORA", "ADALORA", "IA3", "VERA", "LOHA", "LOKR", "POLY", "GLORA")
 KEY = re.compile(
     r"(?P<path>.*?)\.(?:base_layer\.)*(?P<name>" + "|".join({n for v in NAMES.values() for n in v}) + r")(\..*)?"
 )

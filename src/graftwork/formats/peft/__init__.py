@@ -31,6 +31,7 @@ from .adalora import AdaLora
 from .config import config_of
 from .extras import valued
 from .family import PREFIX, Family
+from .glora import GLora
 from .ia3 import Ia3
 from .lora import Lora
 from .lycoris import Loha, Lokr
@@ -51,6 +52,7 @@ _ALL: tuple[Family, ...] = (
     Vera(),
     Loha(),
     Lokr(),
+    GLora(),
     PolySkills(),
     Oft(),
     Boft(),
