@@ -35,6 +35,8 @@ _HOME = {
     "values.neighbours": "neighbours",
     "values.skills": "add_task mean_skill",
     "methods.weight.lora": "LoRA",
+    "methods.weight.presets": "RSLoRA PiSSA OLoRA URAE",
+    "methods.weight.corda": "CorDA",
     "methods.weight.full": "Full",
     "methods.weight.dora": "DoRA",
     "methods.weight.vera": "VeRA",
@@ -63,6 +65,8 @@ _HOME = {
     "combinators.adapter_drop": "AdapterDrop",
     "combinators.gated": "Gated UniPELT",
     "combinators.sparse_adapter": "SparseAdapter",
+    "combinators.loraplus": "LoRAPlus",
+    "objectives.guidance": "guidance",
     "combinators.scores": "grasp_loss synflow_loss",
 }
 _NAMES = {name: home for home, names in _HOME.items() for name in names.split()}

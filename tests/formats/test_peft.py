@@ -415,6 +415,10 @@ def test_what_poly_has_there_and_what_not(tmp_path: Path) -> None:
 
 NATIVE = {
     "lora": gw.LoRA(),
+    "pissa": gw.PiSSA(r=3, alpha=5.0),  # written as the plain LoRA that it is on the untouched weights
+    "olora": gw.LoRA(r=3, alpha=5.0, rslora=True, init="olora"),
+    "urae": gw.URAE(r=3),
+    "loraplus": gw.LoRAPlus(of=gw.LoRA(r=3)),
     "dora": gw.DoRA(),
     "vera": gw.VeRA(r=8),
     "ia3": gw.IA3(),
