@@ -93,6 +93,30 @@ SETTINGS: dict[str, list[Setting]] = {
         ),
         Setting({"r": 2, "mode": "kpm"}, "kpm", exact=False, stored=2, from_weight=True, hosts="linear_wide bert"),
     ],
+    "vblora": [
+        Setting({"r": 2, "vectors": 8, "length": 4}, identity=False, lr=0.2),
+        Setting(
+            {"r": 2, "vectors": 6, "length": 4, "topk": 3, "only_topk": False},
+            "logits",
+            False,
+            hosts="bert llama",
+            lr=1.0,
+        ),
+    ],
+    "asymmetry_lora": [
+        Setting({"r": 3}, identity=True, refuses=""),
+        Setting(
+            {"r": 3, "init_down": "svd"}, "svd", True, from_weight=True, stored=2, hosts="linear_wide experts bert"
+        ),
+        Setting({"r": 2, "train": "down", "init_down": "zero", "init_up": "rand"}, "down", True, hosts="conv2d bert"),
+        Setting(
+            {"r": 2, "train": "middle", "init_up": "svd"}, "middle", False, from_weight=True, stored=20, hosts="bert"
+        ),
+    ],
+    "msplora": [
+        Setting({"r": 4, "alpha": 2.0, "groups": 2, "dropout": 0.0}, identity=True),
+        Setting({"ranks": (0, 2, 1), "dropout": 0.0}, "ranks", True, hosts="conv2d embedding bert"),
+    ],
     "trainable_tokens": [
         Setting({"tokens": (2, 0, *range(5, 12))}, identity=True, refuses=f"{NOT_ROWS} encoder vit", from_weight=True),
         Setting(

@@ -21,6 +21,7 @@ from peft import (
     PromptEncoderConfig,
     PromptTuningConfig,
     TrainableTokensConfig,
+    VBLoRAConfig,
     VeraConfig,
 )
 
@@ -118,6 +119,23 @@ CASES: dict[str, tuple[str, Any]] = {
         VeraConfig(r=8, target_modules=["q_proj", "v_proj"], save_projection=False, projection_prng_key=5),
     ),
     "vera_conv1d": ("gpt2", VeraConfig(r=8, target_modules=["c_attn"], fan_in_fan_out=True, bias="vera_only")),
+    "vblora": ("llama", VBLoRAConfig(r=2, num_vectors=9, vector_length=4, target_modules=["q_proj", "down_proj"])),
+    "vblora_topk": (
+        "biased",
+        VBLoRAConfig(
+            r=2,
+            num_vectors=300,
+            vector_length=6,
+            topk=3,
+            save_only_topk_weights=True,
+            target_modules=["v_proj"],
+            vblora_dropout=0.1,
+        ),
+    ),
+    "vblora_conv1d": (
+        "gpt2",
+        VBLoRAConfig(r=3, num_vectors=20, vector_length=8, target_modules=["c_attn"], fan_in_fan_out=True, bias="all"),
+    ),
     "prompt": ("llama", PromptTuningConfig(num_virtual_tokens=5, **CAUSAL)),
     "prompt_gpt2": ("gpt2", PromptTuningConfig(num_virtual_tokens=5, **CAUSAL)),
     "prompt_t5": (
@@ -421,6 +439,7 @@ NATIVE = {
     "loraplus": gw.LoRAPlus(of=gw.LoRA(r=3)),
     "dora": gw.DoRA(),
     "vera": gw.VeRA(r=8),
+    "vblora": gw.VBLoRA(r=2, vectors=12, length=4),
     "ia3": gw.IA3(),
     "adalora": gw.AdaLoRA(),
     "prompt": gw.Prompt(length=3),

@@ -38,6 +38,7 @@ from .mutated import plain
 from .poly import PolySkills
 from .prompts import AdaptionPrompt, PrefixTuning, SoftPrompts
 from .tokens import Tokens
+from .vblora import VbLora
 from .vera import Vera
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -47,6 +48,7 @@ _ALL: tuple[Family, ...] = (
     AdaLora(),
     Ia3(),
     Vera(),
+    VbLora(),
     PolySkills(),
     SoftPrompts("PROMPT_TUNING"),
     SoftPrompts("P_TUNING"),
@@ -70,6 +72,8 @@ FREE = (
     "tau",
     "prior",
     "router_lr",
+    "logits_lr",
+    "init_bound",
 )
 
 
