@@ -117,6 +117,10 @@ SETTINGS: dict[str, list[Setting]] = {
         Setting({"r": 4, "alpha": 2.0, "groups": 2, "dropout": 0.0}, identity=True),
         Setting({"ranks": (0, 2, 1), "dropout": 0.0}, "ranks", True, hosts="conv2d embedding bert"),
     ],
+    "eigenlorax": [
+        # the bases are stored with the coordinates
+        Setting({"r": 3, "k": 2, "extra": 1}, identity=True, stored=20),
+    ],
     "trainable_tokens": [
         Setting({"tokens": (2, 0, *range(5, 12))}, identity=True, refuses=f"{NOT_ROWS} encoder vit", from_weight=True),
         Setting(

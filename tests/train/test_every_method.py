@@ -31,6 +31,8 @@ def text(name: str) -> str:
         return "trainable_tokens(tokens=(5, 6, 7, 8))"  # which tokens is for the user to say
     if name == "vblora":
         return "vblora(vectors=32, length=8)"  # its 256 do not divide the tiny model's widths
+    if name == "eigenlorax":
+        return "eigenlorax(k=8, extra=4)"
     if name == "corda":
         return "corda(r=4, alpha=4)"  # the tiny model's layers have no 128 directions
     needs = [f.name for f in dataclasses.fields(REGISTRY[name]) if f.default is dataclasses.MISSING]

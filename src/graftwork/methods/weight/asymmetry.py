@@ -6,7 +6,6 @@ Zhu et al. 2024, "Asymmetry in Low-Rank Adapters of Foundation Models", section 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +20,7 @@ from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
 from .residual import require_rank
-from .starts import weight_at
+from .starts import gaussian_qr, weight_at
 
 
 @method("asymmetry_lora")
@@ -123,9 +122,5 @@ def _initial(kind: str, name: str, site: Site, r: int) -> Initial:
         u, _, v = torch.linalg.svd(weight_at(site), full_matrices=False)
         t.copy_(v[..., :r, :] if rows else u[..., :r])
 
-    def rand(t: Tensor, generator: torch.Generator | None) -> None:
-        q = torch.linalg.qr(t.mT.normal_(generator=generator) if rows else t.normal_(generator=generator)).Q
-        t.copy_(q.mT if rows else q)
-
-    known: dict[str, Callable[..., object]] = {"zero": zeros, "kaiming": kaiming_uniform(), "svd": svd, "rand": rand}
+    known: dict[str, Initial] = {"zero": zeros, "kaiming": kaiming_uniform(), "svd": svd, "rand": gaussian_qr(rows)}
     return known[kind]

@@ -84,4 +84,4 @@ def require_rank(method: object, w: Weight, r: int, key: str) -> None:
     """GraftError where the weight has fewer than r directions."""
     if r > min(w.d_in, w.d_out):
         found = f"a weight of {w.d_out} x {w.d_in}, which has no {r} directions"
-        raise GraftError(f"{method} at {key}", found, f"choose r <= {min(w.d_in, w.d_out)}, or other sites")
+        raise GraftError(f"{method} at {key}", found, f"choose at most {min(w.d_in, w.d_out)}, or other sites")

@@ -56,6 +56,16 @@ def shared_out(u: Tensor, s: Tensor, v: Tensor, scale: float) -> Pair:
     return root[..., None] * v, u * root[..., None, :]
 
 
+def gaussian_qr(rows: bool) -> Initial:
+    """Orthonormal rows, or columns: the QR of a Gaussian. Leading axes are a batch of matrices."""
+
+    def fill(t: Tensor, generator: torch.Generator | None) -> None:
+        drawn = t.normal_(generator=generator)
+        t.copy_(torch.linalg.qr(drawn.mT).Q.mT if rows else torch.linalg.qr(drawn).Q)
+
+    return fill
+
+
 def initials(site: Site, start: Callable[[Tensor, torch.Generator | None], Pair]) -> tuple[Initial, Initial]:
     """The initial values of A and B: what `start` makes of the site's weight, once, and only where values are drawn at all."""
     made: list[Tensor] = []
