@@ -6,7 +6,7 @@ Hayou, Ghosh and Yu 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models"
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -86,4 +86,5 @@ class LoRAPlus(Method):
 
     def fold(self, part: Part) -> tuple[Method, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
         """The stored form of the method inside: how it was trained is not part of what it computes."""
-        return self.of.fold(part)
+        stored, tensors, shared = self.of.fold(part)
+        return replace(stored, at=self.at, layers=self.layers), tensors, shared
