@@ -36,6 +36,8 @@ _HOME = {
     "values.skills": "add_task mean_skill",
     "combinators.generated": "temperature",
     "values.materialise": "materialise",
+    "values.recycle": "recycle project",
+    "objectives.guidance": "guidance",
     "combinators.scores": "grasp_loss synflow_loss",
 }
 _NAMES = {name: home for home, names in _HOME.items() for name in names.split()}

@@ -29,6 +29,7 @@ NOT_ATTENTION = LAYERS.replace("multihead ", "")
 MODELS = "encoder bert llama t5 gpt2 vit"
 PRE_NORM = "llama t5 gpt2 vit"
 NOT_PRODUCTS = "conv2d conv2d_reflect embedding multihead multihead_whole experts encoder"  # read, or no y = x W^T
+STARTS = "linear_wide conv2d embedding packed_qkv experts bert"  # of what starts inside of the weight
 EXPERTS = ("gate_up_proj", "down_proj")  # those that no token of the small batch chose
 
 
@@ -45,6 +46,7 @@ class Setting:
     lr: of plain SGD, where the loss must fall in a few steps.
     caches: generation with a key-value cache gives what it gives without one (otherwise it is refused).
     adds_biases: a host without a bias gets one.
+    stored: the file's size in units of what is trained (2: each trained factor has a frozen one beside it, which is no other's).
     thin: parameters that may get no gradient in a small batch, by a part of their name (an expert that no token chose).
     """
 
@@ -56,6 +58,7 @@ class Setting:
     refuses: str | None = None
     from_weight: bool = False
     hosts: str | None = None
+    stored: float = 1.0
     thin: tuple[str, ...] = ()
     caches: bool = True
     adds_biases: bool = False
@@ -68,6 +71,58 @@ SETTINGS: dict[str, list[Setting]] = {
         Setting({"r": 2, "rslora": True, "alpha": 5.0, "at": "linear"}, "rslora", True, hosts="bert gpt2 encoder"),
         Setting({"r": 2, "at": "embed"}, "embed", True, hosts="gpt2 t5"),  # tied to the output layer
         Setting({"r": 2, "bias": True, "at": "linear"}, "bias", True, hosts="linear_square linear_read conv2d bert"),
+        Setting({"r": 2, "init": "pissa"}, "pissa", exact=False, stored=2, from_weight=True, refuses=""),
+        Setting(
+            {"r": 2, "init": "olora", "rslora": True}, "olora", exact=False, stored=2, from_weight=True, hosts=STARTS
+        ),
+        Setting(
+            {"r": 2, "init": "minor", "alpha": 2.0}, "minor", exact=False, stored=2, from_weight=True, hosts=STARTS
+        ),
+        Setting({"r": 2, "init": "pissa", "niter": 3}, "niter", exact=False, stored=2, from_weight=True, hosts=STARTS),
+    ],
+    "loraplus": [
+        Setting({"of": REGISTRY["lora"](r=3)}, identity=True, refuses=""),
+        Setting({"of": REGISTRY["dora"](r=3)}, "dora", exact=False, from_weight=True, hosts="linear_wide conv2d bert"),
+    ],
+    "corda": [
+        # its inputs are seen where the module is called
+        Setting(
+            {"r": 2, "alpha": 4.0},
+            exact=False,
+            stored=2,
+            from_weight=True,
+            hosts=f"linear_square linear_wide conv1d conv2d embedding packed_qkv multihead experts {MODELS}",
+            refuses="conv2d embedding multihead experts encoder",
+        ),
+        Setting({"r": 2, "mode": "kpm"}, "kpm", exact=False, stored=2, from_weight=True, hosts="linear_wide bert"),
+    ],
+    "vblora": [
+        Setting({"r": 2, "vectors": 8, "length": 4}, identity=False, lr=0.2),
+        Setting(
+            {"r": 2, "vectors": 6, "length": 4, "topk": 3, "only_topk": False},
+            "logits",
+            False,
+            hosts="bert llama",
+            lr=1.0,
+        ),
+    ],
+    "asymmetry_lora": [
+        Setting({"r": 3}, identity=True, refuses=""),
+        Setting(
+            {"r": 3, "init_down": "svd"}, "svd", True, from_weight=True, stored=2, hosts="linear_wide experts bert"
+        ),
+        Setting({"r": 2, "train": "down", "init_down": "zero", "init_up": "rand"}, "down", True, hosts="conv2d bert"),
+        Setting(
+            {"r": 2, "train": "middle", "init_up": "svd"}, "middle", False, from_weight=True, stored=20, hosts="bert"
+        ),
+    ],
+    "msplora": [
+        Setting({"r": 4, "alpha": 2.0, "groups": 2, "dropout": 0.0}, identity=True),
+        Setting({"ranks": (0, 2, 1), "dropout": 0.0}, "ranks", True, hosts="conv2d embedding bert"),
+    ],
+    "eigenlorax": [
+        # the bases are stored with the coordinates
+        Setting({"r": 3, "k": 2, "extra": 1}, identity=True, stored=20),
     ],
     "trainable_tokens": [
         Setting({"tokens": (2, 0, *range(5, 12))}, identity=True, refuses=f"{NOT_ROWS} encoder vit", from_weight=True),
@@ -180,6 +235,7 @@ SETTINGS: dict[str, list[Setting]] = {
     "abba": [
         Setting({"r1": 2, "r2": 2}, identity=True, refuses="", from_weight=True),
         Setting({"r1": 5, "r2": 6, "scale": "paper"}, "dense", True, hosts="linear_wide llama", from_weight=True),
+    ],
     "dylora": [
         Setting({"r": 3}, identity=True, refuses=""),
         Setting({"r": 3, "frozen": True, "at": "linear"}, "frozen", True, hosts="linear_wide bert experts"),

@@ -13,7 +13,7 @@ import torch
 import graftwork as gw
 from graftwork.core.method import REGISTRY
 
-from .cases import Snapshot, every, grafted, leave_init, on, train
+from .cases import Snapshot, calibrate, every, grafted, leave_init, on, train
 from .hosts import fresh, output
 from .settings import CASES, REFUSED, SETTINGS, Case
 
@@ -138,6 +138,7 @@ def test_names_are_data(case: Case):
 @on("linear_square", "bert", "t5")
 def test_a_copy_trains_like_its_original(case: Case):
     model, adapter = grafted(case, noise=False)
+    calibrate(model, case)
     twin = copy.deepcopy(model)
     for m in (model, twin):
         train(m, gw.adapters(m)["a"], case.host.inputs(), range(2), 2)

@@ -9,7 +9,7 @@ import torch
 
 import graftwork as gw
 
-from .cases import Snapshot, close, every, grafted, leave_init, loss, on, where
+from .cases import Snapshot, calibrate, close, every, grafted, leave_init, loss, on, where
 from .hosts import BY_NAME, forward, fresh, output
 from .settings import CASES, Case
 
@@ -57,6 +57,7 @@ def test_dropout_acts_in_training_on_the_edit_only(case: Case):
     adapter = gw.graft(model, method, "a", head=False, seed=0)
     if method.identity and case.setting.exact:
         assert torch.equal(output(model.train(), inputs), base)
+    calibrate(model.eval(), case)
     leave_init(adapter)
     out = output(model.train(), inputs)
     assert not torch.equal(out[0], out[1]), "one mask is shared by the whole batch"
@@ -78,7 +79,7 @@ def test_each_site_acts_by_itself(case: Case):
             continue
         with torch.no_grad():
             for p in delta.parameters():
-                p.add_(0.05)
+                p.add_(torch.linspace(0.03, 0.07, p.numel()).view_as(p))  # not all alike: a softmax would not see it
         out = output(model, inputs)
         assert not torch.equal(out, full), delta.key
         seen.append(out)

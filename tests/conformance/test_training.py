@@ -133,6 +133,7 @@ def test_a_method_that_must_be_stepped_says_so(case: Case):
 @on("bert")
 def test_a_method_that_is_stepped_is_quiet(case: Case):
     model, adapter = grafted(case, noise=False)
+    calibrate(model, case)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(model, adapter, case.host.inputs(), range(4), 4)

@@ -28,6 +28,7 @@ from peft import (
     PromptTuningConfig,
     RoadConfig,
     TrainableTokensConfig,
+    VBLoRAConfig,
     VeraConfig,
 )
 
@@ -188,6 +189,23 @@ CASES: dict[str, tuple[str, Any]] = {
         GloraConfig(target_modules=["v_proj"], config_A_B="constant", config_C="none", bias="glora_only"),
     ),
     "glora_bias": ("biased", GloraConfig(r=3, target_modules=["v_proj"], config_A_B="none", config_D_E="none")),
+    "vblora": ("llama", VBLoRAConfig(r=2, num_vectors=9, vector_length=4, target_modules=["q_proj", "down_proj"])),
+    "vblora_topk": (
+        "biased",
+        VBLoRAConfig(
+            r=2,
+            num_vectors=300,
+            vector_length=6,
+            topk=3,
+            save_only_topk_weights=True,
+            target_modules=["v_proj"],
+            vblora_dropout=0.1,
+        ),
+    ),
+    "vblora_conv1d": (
+        "gpt2",
+        VBLoRAConfig(r=3, num_vectors=20, vector_length=8, target_modules=["c_attn"], fan_in_fan_out=True, bias="all"),
+    ),
     "prompt": ("llama", PromptTuningConfig(num_virtual_tokens=5, **CAUSAL)),
     "prompt_gpt2": ("gpt2", PromptTuningConfig(num_virtual_tokens=5, **CAUSAL)),
     "prompt_t5": (
@@ -507,10 +525,15 @@ def test_what_poly_has_there_and_what_not(tmp_path: Path) -> None:
 
 NATIVE = {
     "lora": gw.LoRA(),
+    "pissa": gw.PiSSA(r=3, alpha=5.0),  # written as the plain LoRA that it is on the untouched weights
+    "olora": gw.LoRA(r=3, alpha=5.0, rslora=True, init="olora"),
+    "urae": gw.URAE(r=3),
+    "loraplus": gw.LoRAPlus(of=gw.LoRA(r=3)),
     "dora": gw.DoRA(),
     "vera": gw.VeRA(r=8),
     "loha": gw.LoHa(r=3, alpha=5.0),
     "lokr": gw.LoKr(r=2),
+    "vblora": gw.VBLoRA(r=2, vectors=12, length=4),
     "ia3": gw.IA3(),
     "adalora": gw.AdaLoRA(),
     "oft": gw.OFT(),

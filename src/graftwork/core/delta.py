@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from ..products.lowrank import low_rank, whole_update
 from .errors import GraftError
 from .initial import adopt
 from .passes import Runtime
-from .weight import Weight
+from .weight import NO_WEIGHT, Weight
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -124,6 +125,17 @@ class Delta(nn.Module):
     def context(self, name: str, default: Any = None) -> Any:
         """Side information of the batch, set by `gw.context`."""
         return self.runtime.context.get(name, default)
+
+    def role(self, tensor: str) -> str:
+        """What a parameter is, by its name in the delta, for what is set by role (learning rates, weight decay): "embedding" of
+        a table of embeddings, "scale" a vector (a magnitude, a bias), "up" the factor at the output (B), "down" any other.
+        """
+        view, value = getattr(self, "view", NO_WEIGHT), self.get_parameter(tensor)
+        if view.lookup:
+            return "embedding"
+        if value.dim() <= 1 + len(view.batch):
+            return "scale"
+        return "up" if any(word.rstrip("0123456789") == "up" for word in re.split(r"[._]", tensor)) else "down"
 
     def overrides(self, function: str) -> bool:
         """Whether this delta has the function of that name. A combinator answers for the delta inside it."""

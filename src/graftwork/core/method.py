@@ -68,6 +68,10 @@ class Method:
         """The learning rate of a parameter, by its name in the delta or among the shared ones, as a multiple of the adapter's."""
         return 1.0
 
+    def rate_of(self, role: str) -> float:
+        """The learning rate of a role (`Delta.role`), as a multiple of what `rate` says of its tensors."""
+        return 1.0
+
     def reads(self, site: Site) -> int:
         """Width of what a delta reads at a site: the input of a single weight, otherwise the sub-layer's states."""
         return site.d if site.width is not None else site.weight.d_in

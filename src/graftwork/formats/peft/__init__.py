@@ -41,6 +41,7 @@ from .orthogonal import Boft, Hra, Oft, Road
 from .poly import PolySkills
 from .prompts import AdaptionPrompt, PrefixTuning, SoftPrompts
 from .tokens import Tokens
+from .vblora import VbLora
 from .vera import Vera
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -53,6 +54,7 @@ _ALL: tuple[Family, ...] = (
     Loha(),
     Lokr(),
     GLora(),
+    VbLora(),
     PolySkills(),
     Oft(),
     Boft(),
@@ -81,6 +83,8 @@ FREE = (
     "prior",
     "router_lr",
     "penalty",
+    "logits_lr",
+    "init_bound",
 )
 
 

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from ...core.errors import GraftError
 from ...core.weight import Weight
+from ...methods.weight.starts import Pair, orthonormal, principal
 from ...sites.body import Body
 from ..config import Config
 from ..places import whole_site
 from . import extras
 from .config import config_of, pattern, targets
 from .family import PREFIX
-
-Factors = tuple[Tensor, Tensor]  # A_0 [r, in] and B_0 [out, r]
 
 
 def plain(config: Config, tensors: dict[str, Tensor], body: Body) -> tuple[Config, dict[str, Tensor]]:
@@ -48,7 +47,8 @@ def plain(config: Config, tensors: dict[str, Tensor], body: Body) -> tuple[Confi
         stored = site.module._parameters["weight"]
         assert stored is not None
         scale = alpha / (r**0.5 if rslora else r)
-        first = (_olora if found[3] else _pissa)(site.weight.dense(stored.detach()).float().cpu(), r, scale)
+        dense = site.weight.dense(stored.detach()).float().cpu()
+        first = orthonormal(dense, r) if found[3] else principal(dense, r, scale)
         out |= _joined({key: out[key] for key in keys}, first, site.weight, r, config.asked)
     if found[2]:
         config.warnings.append(
@@ -67,7 +67,7 @@ def plain(config: Config, tensors: dict[str, Tensor], body: Body) -> tuple[Confi
     return made, out
 
 
-def _joined(own: dict[str, Tensor], first: Factors, w: Weight, r: int, asked: str) -> dict[str, Tensor]:
+def _joined(own: dict[str, Tensor], first: Pair, w: Weight, r: int, asked: str) -> dict[str, Tensor]:
     (key_a, a), (key_b, b) = own.items()
     if tuple(a.shape) != (r, w.d_in) or tuple(b.shape) != (w.d_out, r):
         found = f"shapes {list(a.shape)} and {list(b.shape)}, expected {[r, w.d_in]} and {[w.d_out, r]}"
@@ -76,16 +76,3 @@ def _joined(own: dict[str, Tensor], first: Factors, w: Weight, r: int, asked: st
         key_a: torch.cat([a, first[0].to(a.dtype)]),
         key_b: torch.cat([b, -first[1].to(b.dtype)], dim=1),
     }
-
-
-def _pissa(w: Tensor, r: int, scale: float) -> Factors:
-    """Meng et al. 2024, "PiSSA", eq. 2 and 3: the r largest singular triplets, their values shared out."""
-    u, s, v = torch.linalg.svd(w, full_matrices=False)
-    root = (s[:r] / scale).sqrt()
-    return root[:, None] * v[:r], u[:, :r] * root
-
-
-def _olora(w: Tensor, r: int, scale: float) -> Factors:
-    """Buyukakyuz 2024, "OLoRA": the first r columns of Q and rows of R; their product is taken out s times."""
-    q, upper = torch.linalg.qr(w)
-    return upper[:r], q[:, :r]
