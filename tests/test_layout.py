@@ -22,7 +22,7 @@ BELOW: dict[str, set[str]] = {
     "grafting": GRAFT - {"grafting"},
     "methods": METHODS,
     "combinators": METHODS,
-    "schedules": METHODS,
+    "schedules": {*GRAFT, "methods"},
     "initialise": {*GRAFT, "methods"},
     "objectives": METHODS,
     "systems": {*METHODS, "methods", "combinators", "schedules", "initialise"},

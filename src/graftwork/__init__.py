@@ -37,6 +37,8 @@ _HOME = {
     "combinators.generated": "temperature",
     "values.materialise": "materialise",
     "values.recycle": "recycle project",
+    "methods.weight.subspace": "intrinsic_dimension",
+    "schedules.evolution": "evolve",
     "objectives.guidance": "guidance",
     "combinators.scores": "grasp_loss synflow_loss",
 }

@@ -11,12 +11,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from graftwork.core.errors import GraftError
-from graftwork.grafting.graft import activate, active, find
-
-from .glora import GLoRA
-from .supports import Supports
-from .views import KINDS, Choice
+from ..core.errors import GraftError
+from ..grafting.graft import activate, active, find
+from ..methods.weight.glora import GLoRA
+from ..methods.weight.supports import Supports
+from ..methods.weight.views import KINDS, Choice
 
 TRIES = 1000  # candidates beyond the limit that are drawn before the limit counts as too small
 
