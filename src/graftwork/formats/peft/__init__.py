@@ -27,48 +27,13 @@ from ..config import Config
 from ..files import read_json, read_tensors, write_files
 from ..pieces import Held, Spot, gather, held, spread
 from .about import about, origin
-from .adalora import AdaLora
 from .config import config_of
 from .extras import valued
+from .families import FAMILIES
 from .family import PREFIX, Family
-from .glora import GLora
-from .ia3 import Ia3
-from .lora import Lora
-from .lycoris import Loha, Lokr
-from .modules import Beft, LnTuning
 from .mutated import plain
-from .orthogonal import Boft, Hra, Oft, Road
-from .poly import PolySkills
-from .prompts import AdaptionPrompt, PrefixTuning, SoftPrompts
-from .tokens import Tokens
-from .vblora import VbLora
-from .vera import Vera
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-# what an adapter is written as is decided by the first family that claims one of its methods: `full` is claimed last
-_ALL: tuple[Family, ...] = (
-    Lora(),
-    AdaLora(),
-    Ia3(),
-    Vera(),
-    Loha(),
-    Lokr(),
-    GLora(),
-    VbLora(),
-    PolySkills(),
-    Oft(),
-    Boft(),
-    Hra(),
-    Road(),
-    SoftPrompts("PROMPT_TUNING"),
-    SoftPrompts("P_TUNING"),
-    PrefixTuning(),
-    AdaptionPrompt(),
-    Tokens(),
-    Beft(),
-    LnTuning(),
-)
-FAMILIES = {family.peft_type: family for family in _ALL}
 # hyper-parameters that say how an adapter started or is trained, or which sites it took: what is stored computes the same without
 FREE = (
     "init",
