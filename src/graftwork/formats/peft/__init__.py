@@ -82,7 +82,7 @@ class Peft:
     def write(self, adapter: Adapter, body: Body, folder: Path) -> None:
         asked = f"save {adapter.name!r} as {self.name!r}"
         parts = held(adapter)
-        family = next((f for f in _ALL if any(f.claims(m) for m, _ in parts)), None)
+        family = next((f for f in FAMILIES.values() if any(f.claims(m) for m, _ in parts)), None)
         if family is None:
             found = ", ".join(sorted({m.name for m, _ in parts}))
             raise GraftError(asked, f"PEFT has no method for {found}", "keep it in graftwork's own format")
