@@ -17,6 +17,7 @@ from graftwork.core.delta import WeightDelta
 
 from .dropouts import Dropouts
 from .factor import spread_over
+from .thin import is_thin
 
 Pair = tuple[nn.Parameter, nn.Parameter]
 
@@ -68,11 +69,11 @@ class Hadamard(WeightDelta):
 
     @property
     def thin(self) -> bool:
-        """Whether a training step with the factors [out, r1 r2], [r1 r2, in] costs less than one with dW, whose gradient alone
-        is a product as large as the host's; the factors are multiplied three times.
-        """
-        (d_out, d_in), rank = self.view.shape[-2:], self.up1.shape[-1] * self.up2.shape[-1]
-        return 3 * rank * (d_in + d_out) <= d_in * d_out
+        """Whether the factors [out, r1 r2] and [r1 r2, in] run, not dW."""
+        return is_thin(self._work(), self.view.shape)
+
+    def _work(self) -> int:
+        return self.up1.shape[-1] * self.up2.shape[-1] * sum(self.view.shape[-2:])
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         if not (self.thin or (self.dropout and self.training)):  # the input of dW as a whole has no mask
@@ -90,8 +91,7 @@ class Hadamard(WeightDelta):
         return self.thin if function == "factors" else super().overrides(function)
 
     def work(self) -> int:
-        d_out, d_in = self.view.shape[-2:]
-        return self.up1.shape[-1] * self.up2.shape[-1] * (d_in + d_out) if self.thin else super().work()
+        return self._work() if self.thin else super().work()
 
     def _downs(self) -> tuple[Tensor, Tensor]:
         if self.core1 is None or self.core2 is None:

@@ -55,10 +55,3 @@ def divisors(d: int) -> list[int]:
     """All of them, rising."""
     small = [m for m in range(1, math.isqrt(d) + 1) if d % m == 0]
     return sorted({*small, *(d // m for m in small)})
-
-
-def is_thin(work: int, shape: tuple[int, ...]) -> bool:
-    """Whether a training step with `kronecker_linear` costs less than one with the sum itself: it runs three times, and the gradient
-    of the sum alone is a product as large as that of the host.
-    """
-    return 3 * work <= shape[-1] * shape[-2]

@@ -24,7 +24,8 @@ from graftwork.core.plan import Host
 from graftwork.core.site import Site
 from graftwork.core.weight import Weight
 
-from .kronecker import divisors, is_thin, kronecker_linear, kronecker_sum, work_of
+from .kronecker import divisors, kronecker_linear, kronecker_sum, work_of
+from .thin import is_thin
 
 Shape = tuple[int, int]
 
