@@ -17,7 +17,7 @@ from graftwork.core.delta import WeightDelta
 
 from .dropouts import Dropouts
 from .factor import spread_over
-from .thin import is_thin
+from .formed import is_thin
 
 Pair = tuple[nn.Parameter, nn.Parameter]
 

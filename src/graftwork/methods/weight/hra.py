@@ -19,7 +19,7 @@ from graftwork.core.initial import Initial
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
-from .thin import Multiplied, Pair, width
+from .multiplied import Multiplied, Pair, width
 
 
 @method("hra")

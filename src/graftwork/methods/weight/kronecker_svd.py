@@ -15,8 +15,8 @@ from graftwork.core.site import Site
 from graftwork.core.spectrum import Spectrum, leading
 from graftwork.core.weight import Weight
 
+from .formed import is_thin
 from .kronecker import factorized, kronecker_linear, kronecker_sum, rearranged, work_of
-from .thin import is_thin
 
 SAME = 2e-2  # how far the singular values of a backbone may be from those that an adapter started from, as a share of the largest
 

@@ -23,8 +23,8 @@ from graftwork.core.weight import Weight
 
 from .dropouts import Dropouts
 from .factor import Factor
+from .formed import is_thin
 from .kronecker import factorized, kronecker_linear, kronecker_sum, work_of
-from .thin import is_thin
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from graftwork.core.plan import Host
 from graftwork.core.site import Site
 from graftwork.core.weight import Weight
 
+from .formed import is_thin
 from .kronecker import divisors, kronecker_linear, kronecker_sum, work_of
-from .thin import is_thin
 
 Shape = tuple[int, int]
 

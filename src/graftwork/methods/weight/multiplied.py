@@ -81,15 +81,3 @@ def require_divisor(asked: str, parts: int, size: int, what: str) -> None:
         like = [n for n in range(1, size + 1) if size % n == 0 and n % 2 == parts % 2] or [1]
         near = min(like, key=lambda n: (abs(n - parts), n))
         raise GraftError(asked, f"{parts} does not divide {size}", f"choose {what} that does, such as {near}")
-
-
-"""When an update is not formed."""
-
-from __future__ import annotations
-
-
-def is_thin(work: int, shape: tuple[int, ...]) -> bool:
-    """Whether a training step by the update's own products, `work` multiply-adds for one position, costs less than one with the whole
-    update [.., out, in]: they run three times, and the gradient of the whole alone is a product as large as the host's.
-    """
-    return 3 * work <= shape[-1] * shape[-2]
