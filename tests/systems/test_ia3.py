@@ -200,3 +200,14 @@ def test_ia3__tfew_trains_a_model_to_choose():
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
     assert predict(nll(), real).tolist() == label.tolist()
+
+
+def test_ia3__inputs_of_a_slice_of_a_packed_weight():
+    """q and v inside GPT-2's packed projection, each with an input of its own: the fast path is the merged weight."""
+    model, x = gpt2(), ids()
+    before = model(x).logits
+    spread(gw.graft(model, gw.IA3(side="input", at="q, v"), head=False))
+    out = model(x).logits
+    assert (out - before).abs().max() > 1e-4
+    gw.merge(model)
+    torch.testing.assert_close(model(x).logits, out, atol=1e-6, rtol=1e-5)

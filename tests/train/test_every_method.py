@@ -27,6 +27,8 @@ def text(name: str) -> str:
     """The method with its defaults; a combinator around a bottleneck, which has nothing special about it."""
     if name == "prompt":
         return "prompt(length=4)"  # its 100 tokens are more than the tiny model's 64 positions
+    if name == "road":
+        return "road(group=8)"  # groups of 64 features are more than the tiny model has
     if name == "trainable_tokens":
         return "trainable_tokens(tokens=(5, 6, 7, 8))"  # which tokens is for the user to say
     if name == "vblora":
