@@ -180,7 +180,7 @@ def test_half_precision(tmp_path: Path) -> None:
 def test_every_method_that_can_be_merged_is_lora_or_refused(tmp_path: Path) -> None:
     """Of a method that comes later, too."""
     no_matrix = {"bitfit", "ln_tuning"}
-    at = {"ln_tuning": "norm", "trainable_tokens": "embed"}
+    at = {"ln_tuning": "norm", "trainable_tokens": "embed", "surm": "q, o"}  # surm: square ones
     for method in gw.methods(mergeable=True):
         given = "tokens=[1, 5, 9], " if method == "trainable_tokens" else ""
         m = grafted("biased", f"{method}({given}at='{at.get(method, 'q, down')}')")

@@ -153,3 +153,6 @@ def test_dylora__counts():
     assert counts(roberta_of("base"), gw.DyLoRA(r=8)) == (294_912, 294_912)
     with pytest.raises(gw.GraftError, match="3 numbers"):
         gw.DyLoRA(r=4, distribution=(1, 1, 1))
+    for wrong in ((0, 0, 0, 0), (1, -1, 1, 1), (1, 1, 1, float("nan"))):
+        with pytest.raises(gw.GraftError, match="numbers >= 0"):
+            gw.DyLoRA(r=4, distribution=wrong)

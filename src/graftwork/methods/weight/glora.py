@@ -36,6 +36,8 @@ class GLoRA(Method):
         column of `up`, the constant its first number, rank r' its first r' columns. A training pass draws a choice for
         each weight; `gw.evolve` finds the best, and what that does not use is left out of the file. Undecided, the
         largest acts in evaluation.
+    Cost: with A as "lora" the gradient passes through all of W', so that a step has N in out multiply-adds more for N
+        positions, half of what the frozen layer has; not so with any other A.
     Init: `down` xavier-uniform, all else zero.
     Parameters per weight: r (in + out) | out | 1 | 0 for A and for B, r (in + 1) | in | 0 for C, out | 1 | 0 for D and
         for E; in a supernet 2 r (in + out) + r (in + 1) + 2 out.
