@@ -91,6 +91,8 @@ def test_predict(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["label"] for row in rows] == ["positive", "negative"]
     assert rows[0]["input"] == "a witty movie" and rows[0]["score"] > 0.8
+    assert main(["predict", str(place / "sst2"), "--batch", "1", "a witty movie", "the plot was awful"]) == 0
+    assert [json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()] == ["positive", "negative"]
 
     (place / "texts.txt").write_text("a witty movie\n\nthe plot was awful\n")
     assert (

@@ -165,3 +165,18 @@ def test_refusals_change_nothing(e: str, said: str) -> None:
     assert caught.value.do
     assert look(model) == looked
     assert all(torch.equal(before[n], p) for n, p in weights_of(model).items())
+
+
+def test_what_was_learnt_is_alike_whatever_the_seed() -> None:
+    model = bert()
+    for seed, name in enumerate("ab"):
+        made = gw.graft(model, gw.LoRA(r=2), name, head=False)
+        made.metadata = {
+            "task": {"task": "classification", "labels": ["x", "y"], "seed": seed},
+            "backbone": "m",
+            "training": seed,
+        }
+    kept = gw.combine(model, "c", "0.5*a + 0.5*b").adapter.metadata
+    assert kept["task"]["labels"] == ["x", "y"] and kept["backbone"] == "m" and "training" not in kept
+    gw.adapters(model)["b"].metadata["task"]["labels"] = ["y", "x"]
+    assert "task" not in gw.combine(model, "d", "0.5*a + 0.5*b").adapter.metadata

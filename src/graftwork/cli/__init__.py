@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog=f"graftwork {name}", description=module.__doc__, formatter_class=Help, allow_abbrev=False
     )
     module.add(parser)
-    parsed = parser.parse_args(given[1:])
+    parsed = parser.parse_intermixed_args(given[1:])  # texts may stand behind options
     try:
         for plugin in plugins:
             importlib.import_module(".plugins", __name__).run(plugin)

@@ -134,11 +134,16 @@ def inherit(adapter: Adapter, of: Sequence[Adapter]) -> None:
     """Take the labels and the metadata that all of these adapters have alike; what was measured or done of one is not its own."""
     for key, value in of[0].metadata.items() if of else ():
         if key not in ("metrics", "training", "composed") and all(
-            key in other.metadata and other.metadata[key] == value for other in of
+            key in other.metadata and _seedless(other.metadata[key]) == _seedless(value) for other in of
         ):
             adapter.metadata[key] = copy.deepcopy(value)
     labels = {other.labels for other in of if other.labels}
     adapter.labels = labels.pop() if len(labels) == 1 else None
+
+
+def _seedless(value: object) -> object:
+    """What was learnt is alike whatever was drawn on the way."""
+    return {k: v for k, v in value.items() if k != "seed"} if isinstance(value, dict) else value
 
 
 def _part(method: Method, sites: Sequence[Site], body: Body) -> Part:
