@@ -41,5 +41,6 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """The closest known word as a question, e.g. " (did you mean 'alpha'?)", or the empty text."""
     words = list(known)
     also = ALSO_CALLED.get(word)
-    close = [also] if also in words else difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    close = [also] if also in words else difflib.get_close_matches(word, words, n=5, cutoff=0.5)
+    close.sort(key=lambda w: sorted(w) != sorted(word))  # the same letters in another order are a slip of the fingers
     return f" (did you mean {close[0]!r}?)" if close else ""
