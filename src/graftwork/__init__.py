@@ -44,6 +44,8 @@ _HOME = {
     "methods.weight.adalora": "AdaLoRA",
     "methods.weight.trainable_tokens": "TrainableTokens",
     "methods.weight.poly": "Poly",
+    "methods.weight.qlora": "QLoRA quantisation_errors",
+    "methods.weight.neuroada": "NeuroAda",
     "methods.attention.prefix": "Prefix",
     "methods.attention.llama_adapter": "LlamaAdapter",
     "methods.input.prompt": "Prompt",

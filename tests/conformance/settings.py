@@ -101,6 +101,16 @@ SETTINGS: dict[str, list[Setting]] = {
         Setting({"r": 3, "exact": True}, "exact", exact=False, from_weight=True, hosts="linear_wide conv2d bert"),
     ],
     "vera": [Setting({"r": 8}, refuses="")],
+    "qlora": [
+        Setting({"r": 3, "dropout": 0.0, "block": 16, "block2": 4}, identity=False, from_weight=True, refuses=""),
+        Setting(
+            {"r": 3, "dropout": 0.0, "double_quant": False}, "plain constants", False, from_weight=True, hosts="llama"
+        ),
+    ],
+    "neuroada": [
+        Setting({"k": 2}, identity=True, refuses="", from_weight=True, lr=0.5),
+        Setting({"k": 2, "select": "gradient"}, "gradient", True, hosts="linear_wide llama", lr=0.5),
+    ],
     "poly": [
         # without draws: what a training pass computes is compared with another one
         Setting({"r": 2, "skills": 3, "splits": 2, "stochastic": False}, identity=True, refuses=NOT_PRODUCTS),
