@@ -28,6 +28,7 @@ NOT_ATTENTION = LAYERS.replace("multihead ", "")
 MODELS = "encoder bert llama t5 gpt2 vit"
 PRE_NORM = "llama t5 gpt2 vit"
 NOT_PRODUCTS = "conv2d conv2d_reflect embedding multihead multihead_whole experts encoder"  # read, or no y = x W^T
+BODY = "linear, norm | linear | conv"  # without embeddings, whose number of rows may change
 EXPERTS = ("gate_up_proj", "down_proj")  # those that no token of the small batch chose
 
 
@@ -110,6 +111,16 @@ SETTINGS: dict[str, list[Setting]] = {
     "neuroada": [
         Setting({"k": 2}, identity=True, refuses="", from_weight=True, lr=0.5),
         Setting({"k": 2, "select": "gradient"}, "gradient", True, hosts="linear_wide llama", lr=0.5),
+    ],
+    "lt_sft": [
+        Setting({"density": 0.2, "at": BODY}, identity=True, refuses="", thin=EXPERTS, lr=0.2),
+        Setting({"density": 0.2, "at": "embed"}, "embed", True, hosts="gpt2 t5"),
+    ],
+    "losia": [Setting({"p": 0.25, "period": 2, "together": True}, identity=True, refuses="", lr=0.5)],
+    "diff_pruning": [
+        # without draws: what a training pass computes is compared with another one
+        Setting({"density": 0.2, "stochastic": False, "at": BODY}, identity=True, refuses="", thin=EXPERTS, lr=0.2),
+        Setting({"structured": False, "stochastic": False}, "plain", True, hosts="linear_wide conv2d", lr=0.2),
     ],
     "poly": [
         # without draws: what a training pass computes is compared with another one

@@ -75,4 +75,5 @@ class PartialProduct(torch.autograd.Function):
 
 
 def _sum(weight: Tensor, frozen: Tensor | None, values: Tensor, places: Places) -> Tensor:
-    return places.into(weight if frozen is None else weight + frozen, values.to(weight.dtype))
+    values = values.to(weight.dtype)  # W + U, U first: what a file holds of U gives the same bits
+    return places.into(weight, values) if frozen is None else weight + places.into(frozen, values)
