@@ -38,6 +38,7 @@ _HOME = {
     "values.materialise": "materialise",
     "values.recycle": "recycle project",
     "methods.weight.subspace": "intrinsic_dimension",
+    "methods.weight.qlora": "quantisation_errors",
     "schedules.evolution": "evolve",
     "objectives.guidance": "guidance",
     "combinators.scores": "grasp_loss synflow_loss",

@@ -30,6 +30,7 @@ MODELS = "encoder bert llama t5 gpt2 vit"
 PRE_NORM = "llama t5 gpt2 vit"
 NOT_PRODUCTS = "conv2d conv2d_reflect embedding multihead multihead_whole experts encoder"  # read, or no y = x W^T
 STARTS = "linear_wide conv2d embedding packed_qkv experts bert"  # of what starts inside of the weight
+BODY = "linear, norm | linear | conv"  # without embeddings, whose number of rows may change
 EXPERTS = ("gate_up_proj", "down_proj")  # those that no token of the small batch chose
 
 
@@ -186,6 +187,26 @@ SETTINGS: dict[str, list[Setting]] = {
         Setting({"r": 4}, identity=True, exact=False, refuses=""),
         Setting({"r": 3}, "odd", False, hosts="linear_wide conv2d embedding bert"),
         Setting({"r": 3, "gram_schmidt": True}, "gram_schmidt", False, hosts="linear_wide conv2d experts llama"),
+    ],
+    "qlora": [
+        Setting({"r": 3, "dropout": 0.0, "block": 16, "block2": 4}, identity=False, from_weight=True, refuses=""),
+        Setting(
+            {"r": 3, "dropout": 0.0, "double_quant": False}, "plain constants", False, from_weight=True, hosts="llama"
+        ),
+    ],
+    "neuroada": [
+        Setting({"k": 2}, identity=True, refuses="", from_weight=True, lr=0.5),
+        Setting({"k": 2, "select": "gradient"}, "gradient", True, hosts="linear_wide llama", lr=0.5),
+    ],
+    "lt_sft": [
+        Setting({"density": 0.2, "at": BODY}, identity=True, refuses="", thin=EXPERTS, lr=0.2),
+        Setting({"density": 0.2, "at": "embed"}, "embed", True, hosts="gpt2 t5"),
+    ],
+    "losia": [Setting({"p": 0.25, "period": 2, "together": True}, identity=True, refuses="", lr=0.5)],
+    "diff_pruning": [
+        # without draws: what a training pass computes is compared with another one
+        Setting({"density": 0.2, "stochastic": False, "at": BODY}, identity=True, refuses="", thin=EXPERTS, lr=0.2),
+        Setting({"structured": False, "stochastic": False}, "plain", True, hosts="linear_wide conv2d", lr=0.2),
     ],
     "poly": [
         # without draws: what a training pass computes is compared with another one

@@ -21,6 +21,7 @@ class Part:
     """The share of one method in an adapter: its sites, one delta per site, and the modules its deltas share.
 
     anatomy: of the whole backbone, for methods that connect several places.
+    renewed: parameters that its schedule has begun anew in this step; what an optimiser remembers of them goes (`gw.step`).
     """
 
     def __init__(self, method: Method, sites: Sequence[Site], anatomy: Anatomy) -> None:
@@ -28,6 +29,7 @@ class Part:
         self.anatomy = anatomy
         self.sites: list[Site] = list(sites)
         self.deltas: dict[str, Delta] = {}
+        self.renewed: list[nn.Parameter] = []
         self.shared_modules = nn.ModuleDict()
 
     def shared(self, name: str, make: Callable[[], T]) -> T:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..core.errors import GraftError
@@ -12,16 +13,20 @@ from . import install
 from .graft import active_adapters
 
 
-def step(model: nn.Module, progress: float) -> None:
+def step(model: nn.Module, progress: float, optimizer: torch.optim.Optimizer | None = None) -> None:
     """A moment of training: call it after each optimiser step, before zero_grad. progress: the share of training done, in [0, 1].
 
-    Methods with a schedule (AdaLoRA) take their decisions here.
+    Methods with a schedule (AdaLoRA) take their decisions here. optimizer: where a method begins parameters anew (LoSiA's next
+    sub-network, the second phase of a lottery ticket), its state for these is dropped; without it, its moments run on.
     """
     if not 0 <= progress <= 1:
         raise GraftError(f"gw.step(progress={progress})", "out of range", "give the share of training done, in [0, 1]")
     for adapter in active_adapters(model):
         for part in adapter.parts:
             part.method.step(part, progress)
+            for p in part.renewed if optimizer is not None else ():
+                optimizer.state.pop(p, None)  # type: ignore[union-attr]
+            part.renewed.clear()
     install.root_of(model).clock.stepped()
 
 

@@ -33,7 +33,7 @@ def low_rank(
     dropout: float = 0.0,
 ) -> Tensor:
     """base(x) + scale drop(x) down^T up^T.  x [..., in], down [r, in], up [out, r]; dropout: zero in evaluation."""
-    if _traced() or not host.frozen_product:
+    if traced() or not host.frozen_product:
         seen = F.dropout(x, dropout) if dropout else x
         return torch.add(base(x), F.linear(F.linear(seen, down), up), alpha=scale)
     weight, bias = host.weight, host.bias
@@ -49,7 +49,7 @@ def low_rank(
 
 def whole_update(x: Tensor, base: Callable[[Tensor], Tensor], host: Host, update: Tensor) -> Tensor:
     """base(x) + x dW^T for an update dW [out, in] that is not thin: one product with W + dW where the host's own is known."""
-    if _traced() or not host.frozen_product:
+    if traced() or not host.frozen_product:
         return torch.add(base(x), F.linear(x, update.to(x.dtype)))
     return F.linear(x, (host.weight + update).to(host.weight.dtype), host.bias)
 
@@ -68,7 +68,7 @@ def _product(
     return y
 
 
-def _traced() -> bool:
+def traced() -> bool:
     """Whether the pass is compiled, or transformed by torch.func: then the plain formula is what they work best on."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 

@@ -129,10 +129,10 @@ class Moments(TrainerCallback):
             self.collator.epoch = int(state.epoch or 0)
 
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         # gradients are still there; the Trainer counts the step only afterwards
-        step(self.model, min((state.global_step + 1) / state.max_steps, 1.0))
+        step(self.model, min((state.global_step + 1) / state.max_steps, 1.0), given.get("optimizer"))
 
 
 class Best(TrainerCallback):
