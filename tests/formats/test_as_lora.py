@@ -177,13 +177,23 @@ def test_half_precision(tmp_path: Path) -> None:
     assert {row.kept for row in rows} == {4} and max(row.error for row in rows) < 2**-7
 
 
+# options of methods whose defaults do not fit this small model
+FITTING = {
+    "trainable_tokens": "tokens=[1, 5, 9], ",
+    "corda": "r=4, ",
+    "eigenlorax": "k=8, extra=4, ",
+    "kadaptation": "t=4, ",
+    "road": "group=8, ",
+    "vblora": "vectors=32, length=8, ",
+}
+
+
 def test_every_method_that_can_be_merged_is_lora_or_refused(tmp_path: Path) -> None:
     """Of a method that comes later, too."""
     no_matrix = {"bitfit", "ln_tuning"}
     at = {"ln_tuning": "norm", "trainable_tokens": "embed", "surm": "q, o"}  # surm: square ones
     for method in gw.methods(mergeable=True):
-        given = "tokens=[1, 5, 9], " if method == "trainable_tokens" else ""
-        m = grafted("biased", f"{method}({given}at='{at.get(method, 'q, down')}')")
+        m = grafted("biased", f"{method}({FITTING.get(method, '')}at='{at.get(method, 'q, down')}')")
         if method in no_matrix:
             with pytest.raises(gw.GraftError, match="as LoRA"):
                 plain_lora(m, "a", energy=1.0)

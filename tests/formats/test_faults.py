@@ -127,3 +127,22 @@ def test_bias_stays_trained_in_the_peers_base(tmp_path: Path) -> None:
     with theirs.disable_adapter(), gw.using(m, None):
         assert (outputs(theirs, "biased") - bare).abs().max() > 1e-3
         assert outputs(m, "biased").equal(bare)
+
+
+def test_the_first_factors_of_an_effective_loha_get_another_gradient() -> None:
+    """PEFT's own backward pass of t, w1, w2 takes the other product's core for the gradients of w1_a and w2_a."""
+    from peft.tuners.loha.layer import make_weight_cp
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"t1": (2, 2, 3, 3), "w1a": (2, 5), "w1b": (2, 4), "t2": (2, 2, 3, 3), "w2a": (2, 5), "w2b": (2, 4)}
+    p = {n: torch.randn(s, generator=generator, dtype=torch.double).requires_grad_() for n, s in shapes.items()}
+
+    def rebuilt(t: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("ijkl,jr,ip->prkl", t, b, a)
+
+    theirs = make_weight_cp(*p.values(), torch.tensor(1.0, dtype=torch.double))
+    ours = rebuilt(p["t1"], p["w1a"], p["w1b"]) * rebuilt(p["t2"], p["w2a"], p["w2b"])
+    torch.testing.assert_close(theirs, ours)
+    there, here = (torch.autograd.grad(w.sum(), list(p.values())) for w in (theirs, ours))
+    same = {n: torch.allclose(x, y) for n, x, y in zip(p, there, here, strict=True)}
+    assert same == {"t1": True, "w1a": False, "w1b": True, "t2": True, "w2a": False, "w2b": True}

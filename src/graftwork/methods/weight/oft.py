@@ -97,11 +97,11 @@ class Rotated(WeightDelta):
         self.bound = method.eps / self.q.shape[-2] ** 0.5 if method.coft else None
 
     def bounded(self) -> Tensor:
-        """q, scaled where ||Q_i||^2 = 2 |q_i|^2 is above the bound; the gradient takes the scale for a constant."""
+        """q, scaled where ||Q_i||^2 = 2 |q_i|^2 is above the bound; its gradient is that of the scaled one, as if q had been scaled."""
         if self.bound is None:
             return self.q
         norm = self.q.detach().norm(dim=-1, keepdim=True) * 2**0.5
-        return self.q * (self.bound / norm.clamp_min(self.bound))
+        return (self.q * (self.bound / norm.clamp_min(self.bound))).detach() + (self.q - self.q.detach())
 
     def rotation(self) -> Tensor:
         """R_1 .. R_n [*batch, n, b, b]."""
