@@ -334,6 +334,7 @@ def test_bad_input_is_told_and_changes_nothing(
 
 def test_bad_use_of_an_adapter_is_told(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapter, other = str(place / "sst2"), tiny.backbone("bert", tmp_path / "other", initializer_range=0.1)
+    renamed = str(tiny.write_csv(tmp_path / "renamed.csv", [{"sentence": "a", "mood": "good"}]))
     for command, says in (
         (["predict", adapter], "TEXT and --file"),
         (["predict", adapter, "a", "--pair", "b", "--pair", "c"], "one --pair for each"),
@@ -341,8 +342,8 @@ def test_bad_use_of_an_adapter_is_told(place: Path, tmp_path: Path, capsys: pyte
         (["predict", adapter, "a", "--backbone", str(tmp_path / "gone")], "no folder of that name"),
         (["predict", adapter, "a", "--backbone", str(other)], "other weights"),
         (["predict", adapter, "a", "--out", str(tmp_path / "gone" / "x.jsonl")], "no such folder"),
-        (["predict", adapter, "--file", str(place / "renamed.csv")], "the column 'text'"),
-        (["eval", adapter, "--data", str(place / "renamed.csv")], "text"),
+        (["predict", adapter, "--file", renamed], "the column 'text'"),
+        (["eval", adapter, "--data", renamed], "text"),
         (["show", str(place)], "no adapter.json"),
         (["merge", str(place / "nowhere"), "--out", str(tmp_path / "merged")], "no adapter.json"),
     ):
