@@ -112,7 +112,7 @@ def main() -> None:
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     done = [r for r in done if "accuracy" in r]  # what failed is tried again
     if asked.write:
-        text = asked.write.read_text()
+        text = asked.write.read_text() if asked.write.exists() else ""
         head, _, rest = text.partition("<!-- table -->\n")
         asked.write.write_text(
             head

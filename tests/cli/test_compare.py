@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from commands import run
 from PIL import Image
 from transformers import AutoModelForSequenceClassification
 
@@ -37,12 +38,6 @@ def place(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     e = f"0.5*{folder}/a + 0.5*{folder}/soft"
     assert main(["compose", e, "--recipe", "--out", str(folder / "both")]) == 0
     return folder
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    code = main(list(arguments))
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def evaluated(capsys, place: Path, *arguments: str) -> dict[str, float]:

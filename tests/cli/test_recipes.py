@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from commands import run
 
 from graftwork.cli import main
 
@@ -24,12 +25,6 @@ def place(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     e = f"0.6*{folder}/a + 0.4*{folder}/soft"
     assert main(["compose", e, "--recipe", "--out", str(folder / "both")]) == 0
     return folder
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    code = main(list(arguments))
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def scores(capsys, place: Path, *arguments: str) -> dict[str, float]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from commands import run
 from transformers import AutoModelForSequenceClassification
 
 import graftwork as gw
@@ -33,12 +34,6 @@ def place(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         out = str(folder / "all" / name)
         assert main(["train", *given, "--lr", "5e-3", "--seed", seed, "--out", out]) == 0
     return folder
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    code = main(list(arguments))
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def test_compose_writes_an_adapter_that_is_the_sum(place: Path, bert: Path, capsys, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from adapter_models import bert, ids, llama_of, spread
 from torch import nn
-from weight_models import around, counts, gpt2, mixtral
+from weight_models import around, counts, gpt2, layer, mixtral
 
 import graftwork as gw
 
@@ -16,16 +16,6 @@ pytestmark = pytest.mark.system("ether")
 
 def close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
-
-
-def layer(method, d_in=8, d_out=12):
-    """One linear layer with the method: the model, its delta, an input; the parameters away from their start."""
-    torch.manual_seed(0)
-    model = around(nn.Linear(d_in, d_out))
-    adapter = gw.graft(model, method, head=False)
-    spread(adapter)
-    (delta,) = adapter.deltas()
-    return model, delta, torch.randn(4, d_in)
 
 
 def reflection(delta, d):

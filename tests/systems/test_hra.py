@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from adapter_models import bert, ids, llama, spread
 from torch import nn
-from weight_models import around, gpt2
+from weight_models import around, gpt2, layer
 
 import graftwork as gw
 
@@ -16,15 +16,6 @@ pytestmark = pytest.mark.system("hra")
 
 def close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
-
-
-def layer(method, d_in=8, d_out=12):
-    torch.manual_seed(0)
-    model = around(nn.Linear(d_in, d_out))
-    adapter = gw.graft(model, method, head=False)
-    spread(adapter)
-    (delta,) = adapter.deltas()
-    return model, delta, torch.randn(4, d_in)
 
 
 def product(columns):

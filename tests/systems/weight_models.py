@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from adapter_models import closed_form, on_meta, perturbed
+from adapter_models import closed_form, on_meta, perturbed, spread
 from torch import Tensor, nn
 from transformers import (
     DebertaV2Config,
@@ -105,3 +105,13 @@ def dense(model: nn.Module, key: str) -> Tensor:
     """The dense [out, in] weight of the site `key`, the backbone's own."""
     site = next(s for s in gw.anatomy(model).sites if s.key == key)
     return site.weight.dense(site.module._parameters[site.weight.name])
+
+
+def layer(method, d_in=8, d_out=12):
+    """One linear layer with the method: the model, its delta, an input; the parameters away from their start."""
+    torch.manual_seed(0)
+    model = around(nn.Linear(d_in, d_out))
+    adapter = gw.graft(model, method, head=False)
+    spread(adapter)
+    (delta,) = adapter.deltas()
+    return model, delta, torch.randn(4, d_in)

@@ -33,6 +33,7 @@ class Method:
     mixes: it mixes other adapters where these act: its deltas are `Mixer`s, and its options say `of` which (the texts of expressions)
         and whether they are trained with it (`joint`).
     trains: its deltas have parameters.
+    replaces: its deltas hold values that stand in the place of the module's own (a head): these are one task's, and are not mixed.
     mixes_tasks: it learns something for each of its `tasks`, and the rows of one batch may have different ones.
     layered: its sites stand in layers, among which `layers` chooses.
     """
@@ -43,6 +44,7 @@ class Method:
     needs: ClassVar[tuple[str, ...]] = ()
     mixes: ClassVar[bool] = False
     trains: ClassVar[bool] = True
+    replaces: ClassVar[bool] = False
     mixes_tasks: ClassVar[bool] = False
     layered: ClassVar[bool] = True
 

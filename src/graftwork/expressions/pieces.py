@@ -106,7 +106,7 @@ def _mix(e: Fuse | Route | Split, adapters: Mapping[str, Adapter], modules: Mapp
         if part is not None:
             assert e.by is not None
             rest = [move for move in compiled(A(e.by), adapters, modules) if part not in move.parts]
-            own = frozenset(site.key for p in adapters[e.by].parts if p.method.name == "full" for site in p.sites)
+            own = frozenset(site.key for p in adapters[e.by].parts if p.method.replaces for site in p.sites)
             parts[part] = None
     out: list[tuple[Site, Delta]] = []
     for (kind, path), group in mixed_places(e, list(zip(who, terms, strict=True)), modules, own):

@@ -56,7 +56,7 @@ def graft(
     generator = torch.Generator().manual_seed(
         int(torch.empty((), dtype=torch.int64).random_().item()) if seed is None else seed
     )
-    own = {s.key for m in chosen if m.name == "full" for s in select(found, m.at, m.layers)}
+    own = {s.key for m in chosen if m.replaces for s in select(found, m.at, m.layers)}
     parts = [build(method, _sites(model, method, body, own), found, generator) for method in chosen]
     adapter = Adapter(name, parts)
     attach(model, adapter, body)
@@ -95,7 +95,7 @@ def attach(model: nn.Module, adapter: Adapter, body: Body) -> None:
 def _head_method(found: Anatomy, chosen: Sequence[Method], asked: bool) -> list[Method]:
     if asked and not found.of("head"):
         raise GraftError("train the task head", "the model has none", "leave head=None")
-    covered = {s.path for m in chosen if m.name == "full" for s in select(found, m.at, m.layers)}
+    covered = {s.path for m in chosen if m.replaces for s in select(found, m.at, m.layers)}
     if all(s.path in covered for s in found.of("head")):
         return []
     return [from_json({"method": "full", "at": "head"})]

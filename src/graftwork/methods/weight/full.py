@@ -32,6 +32,7 @@ class Full(Method):
     at: str = where("head")
 
     mergeable = True
+    replaces = True
 
     def build(self, site: Site, part: Part) -> Values | None:
         if site.rows is not None:
