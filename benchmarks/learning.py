@@ -89,7 +89,7 @@ def table(done: Sequence[dict[str, Any]]) -> list[str]:
     ]
     for n in sorted(mean, key=lambda n: -mean[n]):
         of, gain = each[n], 100 * (mean[n] - probe)
-        short = "" if n in PROBE else f"{gain:+.1f}{'' if gain >= POINTS else ' (short)'}"
+        short = "" if n in PROBE or gain != gain else f"{gain:+.1f}{'' if gain >= POINTS else ' (short)'}"
         spread = " ".join(f"{r['accuracy']:.3f}" for r in of)
         cost = [statistics.median(r[k] for r in of) for k in ("parameters", "seconds", "memory", "bytes")]
         numbers = f"{cost[0]:,.0f} | {cost[1]:.0f} | {cost[2]:,.0f} | {cost[3] / 1e3:,.0f}"
