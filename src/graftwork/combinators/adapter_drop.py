@@ -34,6 +34,7 @@ class AdapterDrop(Method):
         `layers` of the method inside (layers="5--1").
     Identity and merging as the method inside.
     Sites outside of layers are never dropped.  Parameters: those of the method inside.  Source: section 3.
+    When: adapters shall lose layers after training, or lower layers be shared by several tasks, without training again.
     """
 
     of: Method = inner("bottleneck")

@@ -36,6 +36,7 @@ class Gated(Method):
     g sees later tokens, so that generation with a key-value cache is refused.
     Identity at init if the method inside is.  Not mergeable: g depends on the example.
     Parameters: those of the method inside + d + 1 per site.  Source: section 3.2, eq. 1 to 3.
+    When: the network shall learn for each example how much a method inside takes part.
     """
 
     of: Method = inner("bottleneck")
@@ -102,6 +103,7 @@ def UniPELT(parts: str = "apl", reduction: int = 16, length: int = 10, mid: int 
     at: "mlp.norm", for post-norm backbones (BERT); for pre-norm ones give at="mlp" (where there are adapters).
     Parameters per layer: a: 2 d m + m + d;  p: 2 d length once folded;  l: 4 d r;  gates: d + 1 for each of a and p, 2 (d + 1) for l.
     Source: Mao et al. 2021, section 3.
+    When: few rows, and no time to find out which method suits the task.
     """
     if not parts or set(parts) - set("aplb") or len(set(parts)) < len(parts):
         raise GraftError(f"UniPELT(parts={parts!r})", "not some of a, p, l and b", "choose 'ap', 'apl' or 'aplb'")

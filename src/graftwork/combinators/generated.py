@@ -36,6 +36,7 @@ class Generated(Method):
     task's plain adapter.
     Parameters per tower: L t + 2 t + (3 t hidden + hidden) + (hidden k + k) + 2 k + (k + 1) times the generated ones;
     tasks * t in all.
+    When: many tasks, languages or layers shall share what they have in common: one network makes all adapters.
     """
 
     of: Method = inner("bottleneck")
@@ -104,6 +105,7 @@ def HyperFormer(
 
     Training: each batch holds one task, drawn by `temperature`; lr 3e-4, label smoothing 0.1.  Source: sections 2.3
         and 3.
+    When: several tasks are trained at once and shall help each other.
     """
     (of,) = flatten(get("bottleneck")(reduction=reduction, act="gelu_new", norm="after", at="self.attn, mlp"))
     generated = Generated(of=of, tasks=tuple(tasks), positions=positions)

@@ -29,6 +29,7 @@ class LoRAPlus(Method):
     embedding: of the learning rate of the factors at embeddings to that of A (published: 1e-6, where A has 1e-4).
     The rates are those of `adapter.groups(lr, weight_decay)`, and of graftwork train; lr is about half of plain LoRA's.
     Parameters: those of the method inside.  Source: Hayou et al. 2024, section 4 and nikhil-ghosh-berkeley/loraplus.
+    When: LoRA learns slowly on wide models: B gets a higher rate than A, at no cost.
     """
 
     of: Method = inner("lora")

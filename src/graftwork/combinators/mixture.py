@@ -44,6 +44,7 @@ class Mixture(Method):
     Identity at init if the method inside is.  Not mergeable: p depends on the token.  experts=1 is the method inside,
     without a router.
     Parameters: experts * (those of the method inside + dim).
+    When: tasks differ within a batch or a text and no label says which: a router mixes experts for each token.
     """
 
     of: Method = inner("lora")
@@ -122,6 +123,7 @@ def MoV(experts: int = 10) -> list[Method]:
     """MoV: (IA)^3 vectors on keys, values (per head) and the inner activation of the feed-forward, mixed per token.
 
     Parameters per block: E (d_k + d_v + d_ff) + E (d_h + d_h + d_ff).  Source: Zadouri et al. 2023, section 3.
+    When: as molora, with vectors as experts: a hundredth of the parameters.
     """
     (of,) = flatten(get("ia3")())
     return [Mixture(of=of, experts=experts, router="head")]
@@ -132,6 +134,7 @@ def MoLoRA(experts: int = 10, r: int = 4, alpha: float = 16.0) -> list[Method]:
     """MoLoRA: E LoRA pairs on every linear layer of attention and feed-forward, mixed per token.
 
     Parameters per weight: E r (in + out) + E in.  Source: Zadouri et al. 2023, section 3.
+    When: instruction tuning over many tasks, with more capacity than one LoRA.
     """
     (of,) = flatten(get("lora")(r=r, alpha=alpha))
     at = "q, k, v, o, up, gate, down | q, k, v, o, up, down | q, k, v, o, gate_up, down | linear"

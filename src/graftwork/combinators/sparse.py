@@ -39,14 +39,14 @@ class Sparse(Method):
         "grasp" w (H g), g = dL/dw (see `grasp_loss`) · "synflow" |w dR/dw| with |w| in the place of w (see
         `synflow_loss`).
         Magnitude and random are decided at once (a matrix that starts constant has no magnitudes: random); the others
-        by gw.calibrate,
-        before the optimiser is made. "snip" and "grasp" need matrices that do not start at zero (init="houlsby").
+        by gw.calibrate, before the optimiser is made. "snip" and "grasp" need matrices that do not start at zero (init="houlsby").
     scope: "global" ranks all matrices of the adapter together, "local" each by itself.
     rounds: E; round e of E keeps rho^(e/E) ("exponential" schedule) or 1 - (1 - rho) e/E ("linear"), scored with the
         mask so far;
         what is pruned stays so. Each round is a pass over the calibration batches.
     Large-Sparse: of=Bottleneck(d=k * m), density=1/k.  Stored: one bit per entry and the kept values.
     Parameters: those of the method inside less floor((1 - rho) n).
+    When: a bottleneck or LoRA shall be pruned before training, to be smaller or (wider and sparse) better at the same count.
     """
 
     of: Method = inner("bottleneck")

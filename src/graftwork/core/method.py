@@ -36,6 +36,7 @@ class Method:
     replaces: its deltas hold values that stand in the place of the module's own (a head): these are one task's, and are not mixed.
     mixes_tasks: it learns something for each of its `tasks`, and the rows of one batch may have different ones.
     layered: its sites stand in layers, among which `layers` chooses.
+    lr: the highest learning rate of AdamW where nobody gives one, on a backbone that is at most 384 wide (`gw.Adapter.groups`).
     """
 
     name: ClassVar[str] = ""
@@ -47,6 +48,7 @@ class Method:
     replaces: ClassVar[bool] = False
     mixes_tasks: ClassVar[bool] = False
     layered: ClassVar[bool] = True
+    lr: ClassVar[float] = 2e-3
 
     at: str = dataclasses.field(default="", kw_only=True)
     layers: str | None = dataclasses.field(default=None, kw_only=True)

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..core.adapter import Adapter
+from ..core.method import Method
 from ..grafting.moments import auxiliary_loss, step
 from ..store import save
 from .row_tasks import collating, into_context
@@ -32,10 +33,14 @@ class GraftTrainer(Trainer):
     backbone is never saved.
 
     The adapter is loaded from a checkpoint before the Trainer is made; the Trainer itself restores the optimiser,
-    the schedule and the random generators.
+    the schedule and the random generators.  own_rates: each method has its own learning rate (`Method.lr`), of which the
+    Trainer's is that of LoRA.
     """
 
-    def __init__(self, *, adapter: Adapter, task: Task, callbacks: list[TrainerCallback], **given: Any) -> None:
+    def __init__(
+        self, *, adapter: Adapter, task: Task, callbacks: list[TrainerCallback], own_rates: bool = False, **given: Any
+    ) -> None:
+        self.own_rates = own_rates
         super().__init__(callbacks=[Moments(adapter, given["model"], given["data_collator"]), *callbacks], **given)
         self.remove_callback(PrinterCallback)  # what is said during training is up to the caller's callbacks
         self.adapter, self.task = adapter, task
@@ -57,7 +62,7 @@ class GraftTrainer(Trainer):
         """As the Trainer does it, with the learning rates that the methods ask for in groups of their own."""
         made, optimizer = self.optimizer is None, super().create_optimizer(model)
         if made:
-            split(optimizer, self.adapter)
+            split(optimizer, self.adapter, self.own_rates)
         return optimizer
 
     def get_batch_samples(
@@ -108,14 +113,16 @@ class GraftTrainer(Trainer):
         """Nothing: `Best` keeps the best values in memory, which also holds where they are sharded."""
 
 
-def split(optimizer: torch.optim.Optimizer, adapter: Adapter) -> None:
-    """Give the parameters of an adapter whose learning rate is a multiple of the others' (`Method.rate`) their own groups."""
-    rates = {id(p): group["lr"] for group in adapter.groups(1.0) for p in group["params"]}
+def split(optimizer: torch.optim.Optimizer, adapter: Adapter, own: bool = False) -> None:
+    """Give the parameters of an adapter whose learning rate is a multiple of the others' (`Method.rate`; `own`: also `Method.lr`)
+    their own groups."""
+    base, asked = (Method.lr, None) if own else (1.0, 1.0)
+    rates = {id(p): group["lr"] / base for group in adapter.groups(asked) for p in group["params"]}
     for group in list(optimizer.param_groups):
         for rate in sorted({rates.get(id(p), 1.0) for p in group["params"]} - {1.0}):
-            own = [p for p in group["params"] if rates.get(id(p), 1.0) == rate]
+            alike = [p for p in group["params"] if rates.get(id(p), 1.0) == rate]
             group["params"] = [p for p in group["params"] if rates.get(id(p), 1.0) != rate]
-            optimizer.add_param_group({**group, "params": own, "lr": group["lr"] * rate})
+            optimizer.add_param_group({**group, "params": alike, "lr": group["lr"] * rate})
 
 
 class Moments(TrainerCallback):

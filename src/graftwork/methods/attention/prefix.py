@@ -35,14 +35,14 @@ class Prefix(Method):
     length: of the prefix, in positions.  dropout: on P_K and P_V, in training only.
     reparam: "flat" P itself is trained, N(0, init_std^2);
         "mlp" [P_K, P_V] = W_2 tanh(W_1 E + b_1) + b_2,  E [length, d],  W_1 [mid, d],  W_2 [d_k + d_v, mid] per site.
-        E (N(0, init_std^2)) and W_1 are shared by the sites of one kind of attention (encoder self, decoder self,
-        cross). Saved as P, unless `resume`.
-    mid: width of the hidden layer of "mlp".
+        E (N(0, init_std^2)) and W_1 are shared by the sites of one kind of attention (encoder self, decoder self, cross).
+        Saved as P, unless `resume`.  mid: width of its hidden layer.
     at: "attn", or "attn, entry" to let the positions of the real tokens start behind the prefix (at `length`).
     Context: "prefix_rows", bool [batch]: rows that are False do not see the prefix and compute what the backbone does.
     Not the identity at init: even keys of zero take attention mass.
     Parameters: length (d_k + d_v) per site; with "mlp" (mid + 1) (d_k + d_v) per site, and length d + (d + 1) mid per
     kind of attention.  Source: Li and Liang 2021, section 4; XiangLi1999/PrefixTuning; Liu et al. 2022 for "flat".
+    When: the weights must not be touched and texts are short: every attention sees trained keys and values.
     """
 
     length: int = positive(10)

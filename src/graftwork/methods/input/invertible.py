@@ -33,6 +33,7 @@ class Invertible(Method):
     In a stack the adapters' inverses run in the opposite order. It belongs to no layer.
     Init: W N(0, init_std^2), b zero: near the identity.
     Parameters: "nice" 2 (2 (d/2) m + m + d/2), m = d/2 // reduction; "glow" 2 (3 (d/2) m + m + d).  Source: section 4.3.
+    When: another language's tokens must be read and written by a backbone that saw few of them (as a part of MAD-X).
     """
 
     coupling: str = choice("nice", "nice", "glow")

@@ -30,6 +30,8 @@ class ABBA(Method):
     Init: B1 A1 is the best approximation of W of rank r1, its singular values halved between both (B1 = U sqrt S, A1 = sqrt S V^T);
     B2 zero; A2 kaiming-uniform (a = 0).
     Parameters: (r1 + r2) (in + out) per weight.  Source: Singhal et al. 2025, arXiv 2505.14238; CERT-Lab/abba.
+    When: LoRA's rank limits what is learned (arithmetic, reasoning) and memory allows the weight to be decomposed once; of equal
+        parameters it reaches rank r1 r2.
     """
 
     r1: int = positive(16)

@@ -37,6 +37,8 @@ class AdaLoRA(Method):
     the training.
     Parameters: init_r (in + out + 1) per weight in training; in the file only the triplets that are left.
     Source: Zhang et al. 2023, arXiv 2303.10512.
+    When: the budget is fixed and it is unknown which matrices need rank; costs a schedule of three stages and one setting of its
+        length.
     """
 
     init_r: int = positive(12)

@@ -37,6 +37,8 @@ class AsymmetryLoRA(Method):
     dropout: on the input of A, in training only.  Mergeable.
     Parameters: r out per weight (train="up"), r in ("down"), r (in + out) ("both"), r r ("middle").
     Source: Zhu et al. 2024, arXiv 2402.16842, section 4.1 and table 1 (whose code takes columns for the rows of V^T).
+    When: half of LoRA's parameters shall do, or gradients to the inputs' side are dear; with random A it also bounds better how
+        far the model can overfit.
     """
 
     r: int = positive(8)

@@ -37,6 +37,7 @@ class DoRA(Method):
         input too.
     exact: the gradient also flows through |V|; by default |V| counts as a constant.
     Parameters: r (in + out) + out per weight.  Source: Liu et al. 2024, arXiv 2402.09353, eq. 5 and 11; NVlabs/DoRA.
+    When: LoRA falls short at a low rank: usually a little better for the same rank, at a dearer step; merges to the same speed.
     """
 
     r: int = positive(32)

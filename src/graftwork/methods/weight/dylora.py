@@ -40,6 +40,7 @@ class DyLoRA(Method):
     frozen: only row b of A and column b of B learn (the paper's cheaper rule).
     Init: A kaiming-uniform (a = sqrt 5), B zero; on an embedding A zero, B N(0, 1).
     Parameters: r (in + out) per weight; b (in + out) of what is cut out.
+    When: the rank to be served is not known at training time: one training gives every rank up to r.
     """
 
     r: int = positive(8)

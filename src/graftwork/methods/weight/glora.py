@@ -41,6 +41,7 @@ class GLoRA(Method):
     Init: `down` xavier-uniform, all else zero.
     Parameters per weight: r (in + out) | out | 1 | 0 for A and for B, r (in + 1) | in | 0 for C, out | 1 | 0 for D and
         for E; in a supernet 2 r (in + out) + r (in + 1) + 2 out.
+    When: scale, shift, prompt and low-rank changes shall be searched for each layer (with `gw.evolve`), and the result merged.
     """
 
     r: int = positive(4)

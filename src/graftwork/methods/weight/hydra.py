@@ -40,6 +40,8 @@ class Hydra(Method):
     scale: s.  bias: a and b of both branches; a host without a bias then gets one.
     init: of A: "xavier" uniform (vision), "kaiming" uniform with a = sqrt 5 (language), "normal" N(0, 0.02^2) (CLIP).
     Parameters: r_p (in + out) + 2 r_s out per weight, and r_p + r_s + 2 out with bias.
+    When: new features beside pretrained ones (parallel) and new mixtures of them (sequential) are both wanted, mergeable in
+        linear layers.
     """
 
     r_parallel: int = count(2)

@@ -34,6 +34,8 @@ class LoHa(Method):
     init: "kaiming" A_i, B_i and t_i kaiming-uniform (a = sqrt 5), A2 zero; "lycoris" A_i N(0, 1), B1 and t_i N(0, 0.01), B2 zero.
     Parameters: 2 r (in + out) per weight; effective 2 r (in / groups + out) + 2 r^2 |kernel|.
     Source: Hyeon-Woo et al. 2022, arXiv 2108.06098, propositions 1 and 3; KohakuBlueleaf/LyCORIS.
+    When: diffusion models and other hosts of convolutions, where the community shares such files; a higher rank than LoRA of
+        equal count.
     """
 
     r: int = positive(8)

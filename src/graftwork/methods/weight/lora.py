@@ -41,6 +41,7 @@ class LoRA(Method):
         [B, -B_0][A; A_0] of rank 2 r, for any reader; with resume=True it is what it was.
     niter: "pissa" by a randomised decomposition with so many subspace iterations, in the place of the exact one.
     Parameters: r (in + out) per weight, and out with bias.  Source: Hu et al. 2021, arXiv 2106.09685, eq. 3 and loralib.
+    When: the default: best understood, merges away, fast, every tool reads its files.
     """
 
     r: int = positive(8)

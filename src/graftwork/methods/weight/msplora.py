@@ -41,6 +41,7 @@ class MSPLoRA(Method):
     (The published code applies a shared pair in the first of its layers only; here it acts in all of them.)
     Init: A_i kaiming-uniform (a = sqrt 5), B_i zero.
     Parameters per role: (in + out) (r_0 + groups (r_1 + ...) + layers r_last).  Source: Zhao et al. 2025, arXiv 2503.21838.
+    When: layers share what is global, groups what is regional: LoRA's quality with fewer parameters.
     """
 
     r: int = positive(8)

@@ -41,6 +41,8 @@ class Poly(Method):
     gw.combine(model, "plain", {"multi": 1.0}) is its LoRA, exactly.
     Init: A_s kaiming-uniform (a = sqrt 5) per head, B zero, Z U(-1e-3, 1e-3).
     Parameters: skills r (in + out) + tasks splits skills per weight.
+    When: several tasks with labels are trained together and new ones adapted from few rows: skills are shared by learned
+        allocation.
     """
 
     r: int = positive(8)

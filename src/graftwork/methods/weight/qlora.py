@@ -38,6 +38,7 @@ class QLoRA(Method):
     costs is 4.127 bits a weight beside it. Where memory is what matters, load the backbone quantised and put a LoRA on it.
     `gw.quantisation_errors` says what quantising lost, and what it would lose again after a merge.
     Parameters: r (in + out) per weight.  Source: Dettmers et al. 2023, arXiv 2305.14314, section 3; artidoro/qlora.
+    When: the backbone does not fit into memory at 16 bits.
     """
 
     r: int = positive(64)
