@@ -12,21 +12,8 @@ LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 BERT = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 
 # measured without a twin, on every linear map of the blocks
-PLAIN = [
-    "abba",
-    "kadaptation",
-    "soka",
-    "moka_kron",
-    "loretta_rep",
-    "hydra",
-    "msplora",
-    "asymmetry_lora",
-    "eigenlorax",
-    "dylora",
-    "pissa",
-    "rslora",
-]
-PLAIN += ["loraplus", "lt_sft", "diff_pruning", "neuroada"]
+PLAIN = ["abba", "kadaptation", "soka", "moka_kron", "loretta_rep", "hydra", "msplora", "asymmetry_lora", "eigenlorax"]
+PLAIN += ["dylora", "pissa", "rslora", "loraplus", "lt_sft", "diff_pruning", "neuroada"]
 
 
 @dataclass(frozen=True)
