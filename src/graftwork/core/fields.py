@@ -24,6 +24,12 @@ def positive(default: int | None) -> Any:
     return _field(default, lambda v: "" if _whole(v, 1) or (v is None and default is None) else "a whole number >= 1")
 
 
+def rank(default: int) -> Any:
+    """A whole number >= 1, the rank of a matrix at each site: one that is larger than the largest of them is refused (`gw.graft`)."""
+    field = positive(default)
+    return dataclasses.field(default=default, metadata={**field.metadata, "rank": True})
+
+
 def count(default: int) -> Any:
     """A whole number >= 0."""
     return _field(default, lambda v: "" if _whole(v, 0) else "a whole number >= 0")
@@ -107,6 +113,18 @@ def check(method: Any) -> None:
                 f"{value!r} ({type(value).__name__})",
                 f"give {f.name} {wanted}",
             )
+
+
+def ranks(method: Any) -> dict[str, int]:
+    """Hyper-parameter -> value of those made by `rank`, also of the methods inside."""
+    found: dict[str, int] = {}
+    for f in dataclasses.fields(method):
+        value = getattr(method, f.name)
+        if dataclasses.is_dataclass(value):
+            found |= ranks(value)
+        elif f.metadata.get("rank"):
+            found[f.name] = value
+    return found
 
 
 def _whole(v: Any, low: int) -> bool:

@@ -10,7 +10,7 @@ from functools import cache
 
 from graftwork.core.adapter import Part
 from graftwork.core.errors import GraftError
-from graftwork.core.fields import choice, fraction, number, positive, where
+from graftwork.core.fields import choice, fraction, number, rank, where
 from graftwork.core.initial import kaiming_uniform, made, zeros
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
@@ -34,8 +34,8 @@ class ABBA(Method):
         parameters it reaches rank r1 r2.
     """
 
-    r1: int = positive(16)
-    r2: int = positive(16)
+    r1: int = rank(16)
+    r2: int = rank(16)
     alpha1: float = number(32.0, low=0.0)
     alpha2: float = number(32.0, low=0.0)
     scale: str = choice("code", "code", "paper")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graftwork.core.adapter import Part
 from graftwork.core.errors import GraftError
-from graftwork.core.fields import fraction, number, positive, where
+from graftwork.core.fields import fraction, number, positive, rank, where
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
@@ -41,7 +41,7 @@ class AdaLoRA(Method):
         length.
     """
 
-    init_r: int = positive(12)
+    init_r: int = rank(12)
     target_r: int = positive(8)
     alpha: float = number(16.0)
     beta1: float = fraction(0.85)

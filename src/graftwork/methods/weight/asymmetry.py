@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from graftwork.core.adapter import Part
 from graftwork.core.delta import WeightDelta
 from graftwork.core.errors import GraftError
-from graftwork.core.fields import choice, count, fraction, number, positive, where
+from graftwork.core.fields import choice, count, fraction, number, rank, where
 from graftwork.core.initial import Initial, drawing_from, kaiming_uniform, tensor, zeros
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
@@ -41,7 +41,7 @@ class AsymmetryLoRA(Method):
         far the model can overfit.
     """
 
-    r: int = positive(8)
+    r: int = rank(8)
     alpha: float = number(16.0)
     train: str = choice("up", "up", "down", "both", "middle")
     init_down: str = choice("rand", "rand", "svd", "kaiming", "zero")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from graftwork.core.adapter import Part
 from graftwork.core.delta import WeightDelta
 from graftwork.core.errors import GraftError
-from graftwork.core.fields import count, flag, fraction, number, positive, shares, where
+from graftwork.core.fields import count, flag, fraction, number, rank, shares, where
 from graftwork.core.initial import kaiming_uniform, normal, zeros
 from graftwork.core.method import Method, method
 from graftwork.core.plan import Host
@@ -43,7 +43,7 @@ class DyLoRA(Method):
     When: the rank to be served is not known at training time: one training gives every rank up to r.
     """
 
-    r: int = positive(8)
+    r: int = rank(8)
     alpha: float = number(16.0)
     distribution: tuple[float, ...] = shares()
     frozen: bool = flag(False)

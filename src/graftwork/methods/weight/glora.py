@@ -13,7 +13,7 @@ import torch
 
 from graftwork.core.adapter import Part
 from graftwork.core.errors import GraftError
-from graftwork.core.fields import choice, flag, positive, where
+from graftwork.core.fields import choice, flag, rank, where
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
@@ -44,7 +44,7 @@ class GLoRA(Method):
     When: scale, shift, prompt and low-rank changes shall be searched for each layer (with `gw.evolve`), and the result merged.
     """
 
-    r: int = positive(4)
+    r: int = rank(4)
     a: str = choice("lora", *KINDS["a"])
     b: str = choice("lora", *KINDS["b"])
     c: str = choice("lora", *KINDS["c"])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from graftwork.core.adapter import Part
-from graftwork.core.fields import choice, flag, fraction, number, positive, where
+from graftwork.core.fields import choice, flag, fraction, number, rank, where
 from graftwork.core.initial import Initial, kaiming_uniform, normal, parameter, zeros
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
@@ -38,7 +38,7 @@ class LoHa(Method):
         equal count.
     """
 
-    r: int = positive(8)
+    r: int = rank(8)
     alpha: float = number(8.0)
     rank_dropout: float = fraction(0.0)
     module_dropout: float = fraction(0.0)

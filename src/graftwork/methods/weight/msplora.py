@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from graftwork.core.adapter import Part
 from graftwork.core.delta import WeightDelta
 from graftwork.core.errors import GraftError
-from graftwork.core.fields import fraction, number, positive, where
+from graftwork.core.fields import fraction, number, positive, rank, where
 from graftwork.core.initial import kaiming_uniform, zeros
 from graftwork.core.method import Method, method
 from graftwork.core.plan import Host
@@ -44,7 +44,7 @@ class MSPLoRA(Method):
     When: layers share what is global, groups what is regional: LoRA's quality with fewer parameters.
     """
 
-    r: int = positive(8)
+    r: int = rank(8)
     alpha: float = number(16.0)
     levels: int = positive(3)
     groups: int = positive(3)

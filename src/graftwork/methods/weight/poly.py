@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from graftwork.core.adapter import Part
 from graftwork.core.errors import GraftError
-from graftwork.core.fields import count, flag, number, positive, where, words
+from graftwork.core.fields import count, flag, number, positive, rank, where, words
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
@@ -45,7 +45,7 @@ class Poly(Method):
         allocation.
     """
 
-    r: int = positive(8)
+    r: int = rank(8)
     skills: int = positive(4)
     splits: int = positive(1)
     tasks: tuple[str, ...] = words(("default",))

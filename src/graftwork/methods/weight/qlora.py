@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from graftwork.core.adapter import Part
 from graftwork.core.delta import WeightDelta
-from graftwork.core.fields import flag, fraction, number, positive, where
+from graftwork.core.fields import flag, fraction, number, positive, rank, where
 from graftwork.core.initial import kaiming_uniform, normal, zeros
 from graftwork.core.method import Method, method
 from graftwork.core.plan import Host
@@ -41,7 +41,7 @@ class QLoRA(Method):
     When: the backbone does not fit into memory at 16 bits.
     """
 
-    r: int = positive(64)
+    r: int = rank(64)
     alpha: float = number(16.0)
     dropout: float = fraction(0.1)
     block: int = positive(64)
