@@ -307,6 +307,15 @@ SETTINGS: dict[str, list[Setting]] = {
         Setting({"side": "output"}, "output", True, hosts="linear_wide conv2d bert llama"),
     ],
     "bitfit": [Setting(identity=True, refuses="linear_wide embedding experts llama t5")],
+    "ssf": [
+        Setting(
+            identity=True,
+            refuses="experts",
+            adds_biases=True,
+            hosts=f"{LAYERS} encoder bert gpt2 vit",
+        ),
+        Setting({"at": "linear"}, "linear", True, adds_biases=True, hosts="llama t5"),  # norms without bias: not merged
+    ],
     "ln_tuning": [Setting(identity=True, refuses=LAYERS, from_weight=True)],
     "loreft": [Setting({"r": 2, "positions": "p2+s2"}, refuses=NOT_ACTIVATIONS)],
     "phm": [
