@@ -23,6 +23,8 @@ from graftwork.core.method import Method, method
 from graftwork.core.plan import Host
 from graftwork.core.site import Site
 
+from .biases import require_bias
+
 
 @method("ssf")
 @dataclass(frozen=True)
@@ -51,13 +53,13 @@ class SSF(Method):
     def build(self, site: Site, part: Part) -> ScaleShift | EditedOutput | None:
         if site.module._parameters.get(site.param) is None:
             return None  # a class token, a table of positions
-        w, kind = site.weight, type(site.module).__name__
+        w, do = site.weight, "choose linear layers, convolutions, norms or embeddings"
         if not w.is_matrix and w.bias is None:
             return EditedOutput(self, site)
-        missing = w.bias is None or (site.rows is not None and site.module._parameters[w.bias] is None)
-        if isinstance(site.module, _ConvTransposeNd) or (missing and not w.lookup):
-            found = f"{kind}, " + ("which has no place for a shift" if missing else "whose rows are not its channels")
-            raise GraftError(f"{self} at {site.key}", found, "choose linear layers, convolutions, norms or embeddings")
+        if isinstance(site.module, _ConvTransposeNd):
+            raise GraftError(f"{self} at {site.key}", "a transposed convolution, whose rows are not its channels", do)
+        if not w.lookup:
+            require_bias(str(self), site, do)
         return ScaleShift(self, site)
 
     def starts(self) -> tuple[Initial, Initial]:
