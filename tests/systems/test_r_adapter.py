@@ -106,8 +106,9 @@ def test_r_adapter__the_average_of_constant_steps(r, tmp_path):
         gw.save(model.eval(), "default", tmp_path)
         twin = around(nn.Linear(8, 12))
         twin.load_state_dict({n: p for n, p in model.state_dict().items() if "graft" not in n})
-        gw.load(twin, tmp_path)
-        assert torch.equal(twin(x), out)
+        loaded = gw.load(twin, tmp_path)
+        assert torch.equal(twin(x), out) and loaded.num_parameters == 12**2
+        assert torch.equal(next(loaded.deltas()).up, delta.mean)  # all that a user of the file wants
 
 
 def test_r_adapter__both_encoders_of_clip_learn_and_start_as_they_were():

@@ -6,8 +6,10 @@ Philip et al. 2020, "Monolingual Adapters for Zero-Shot Neural Machine Translati
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
+
+from torch import Tensor
 
 from graftwork.core.adapter import Part
 from graftwork.core.delta import Delta, WeightDelta
@@ -17,7 +19,7 @@ from graftwork.core.method import Method, flatten, get, method, preset
 from graftwork.core.site import Site
 
 from .inherit import inherit
-from .named import KeyedDelta, KeyedWeight
+from .named import KeyedDelta, KeyedWeight, Named
 
 
 @method("keyed")
@@ -72,6 +74,19 @@ class Keyed(Method):
 
     def count_shared(self, sites: Sequence[Site]) -> int:
         return self.of.count_shared(sites)
+
+    def fold(self, part: Part) -> tuple[Method, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+        """The stored form of the method inside, for each name."""
+        stored, shared = self.of, dict[str, Tensor]()
+        own: dict[str, dict[str, Tensor]] = {key: {} for key in part.deltas}
+        for i in range(len(self.names)):
+            within = Part(self.of, part.sites, part.anatomy)
+            within.shared_modules = part.shared_modules
+            within.deltas = {key: d.inner()[i] for key, d in part.deltas.items() if isinstance(d, Named)}
+            stored, tensors, shared = self.of.fold(within)
+            for key, given in tensors.items():
+                own[key] |= {f"of.{i}.{name}": t for name, t in given.items()}
+        return replace(self, of=stored), own, shared
 
 
 @preset("monolingual_adapters")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from graftwork.core.delta import Delta, WeightDelta
 from graftwork.core.tasks import one_of
@@ -34,6 +34,17 @@ class Named(Substituted):
         first = self.inner()[0]
         assert isinstance(first, WeightDelta)
         return first.names()
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take stored tensors; each delta its own, in whatever form they are."""
+        own = [
+            {name.removeprefix(f"of.{i}."): t for name, t in tensors.items() if name.startswith(f"of.{i}.")}
+            for i in range(len(self.named))
+        ]
+        if sum(map(len, own)) < len(tensors):
+            super().restore(tensors)  # type: ignore[misc]  # names those that are nobody's
+        for delta, given in zip(self.inner(), own, strict=True):
+            delta.restore(given)
 
     def overrides(self, function: str) -> bool:
         # the one that acts is known in a pass only, and all are alike

@@ -7,7 +7,7 @@ Kim et al. 2024, "Efficient and Versatile Robust Fine-Tuning of Zero-shot Models
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,8 @@ class RAdapter(Method):
     r: M is any matrix (None), or M = B A, A [r, out] kaiming-uniform (a = sqrt 5), B [out, r] zero (few shots).
     p: dropping: in training y' = y + g / (1 - p) M y, g ~ Bernoulli(1 - p) drawn by each adapter in each pass of the model.
     momentum: accumulation: E <- m E + (1 - m) M after each gw.step, E = 0 at first, and E stands for M outside of training;
-        before the first step, M itself. E is a whole matrix, also where M is not. 0: no E.
+        before the first step, M itself. 0: no E. The file holds E as the M of an adapter without one, a whole matrix whatever r;
+        gw.save(..., resume=True) all that training needs.
     Rescaling needs no word of its own: gw.activate(model, "0.5*a") is (I + 0.5 E) W, half way between W and W', bias included;
         published factors: 0.5 for classification, 0.8 for retrieval, 0.4 for segmentation.
     Parameters per site: out^2, or 2 r out.  Source: Kim et al. 2024, eq. 4 to 8.
@@ -66,6 +67,16 @@ class RAdapter(Method):
             if isinstance(delta, Multiplier) and self.momentum and delta.up.requires_grad:
                 delta.accumulate()
         self.begin(part)  # a compiled pass does not ask
+
+    def fold(self, part: Part) -> tuple[Method, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+        """What acts outside of training: E, or M where nothing is accumulated."""
+        deltas = {key: d for key, d in part.deltas.items() if isinstance(d, Multiplier)}
+        averaged = all(d.averaged for d in deltas.values())
+        tensors = {
+            key: {"up": d.mean.to(d.up.dtype)} if averaged else {n: p.detach() for n, p in d.named_parameters()}
+            for key, d in deltas.items()
+        }
+        return replace(self, r=None if averaged else self.r, momentum=0.0), tensors, {}
 
 
 class Multiplier(WeightDelta):
@@ -108,7 +119,7 @@ class Multiplier(WeightDelta):
         return y + F.linear(y if down is None else F.linear(y, down), up)
 
     def work(self) -> int:
-        return self.view.copies * self.view.d_out**2 if self.down is None or self.momentum else 0
+        return self.view.copies * self.view.d_out**2
 
     def draw(self) -> None:
         """g of this pass."""
