@@ -31,7 +31,8 @@ class Keyed(Method):
     by: the word of the context, such as "source" for the language that a batch is in.
     A batch has one name; a list or a tensor of numbers, one for each row, is taken where all are the same, and refused otherwise.
     Identity as the method inside; mergeable as that, for the name that the context says.
-    Parameters: as many times those of the method inside as there are names.
+    When: one model for several languages, domains or customers, that are trained together and never mixed in a batch.
+    Parameters: as many times those of the method inside as there are names.  Source: Philip et al. 2020, section 3.
     """
 
     of: Method = inner("bottleneck")
@@ -105,6 +106,7 @@ def MonolingualAdapters(
     d: bottleneck width (64 for d_model 512, 1024 for 1024).  sides: "both", "encoder" or "decoder".
     bilingual: the baseline, adapters of each direction, gw.context(model, pair="de-fr").
     init: of the bottlenecks: "houlsby" near the identity, "lora" exact.
+    When: translation between many languages, from fewer trained directions than there are.
     Parameters: per language (n_enc or n_dec) (2 d_model d + d + d_model + 2 d_model).  Source: Philip et al. 2020, section 3.
     """
     towers = {"both": ("encoder", "decoder"), "encoder": ("encoder",), "decoder": ("decoder",)}.get(sides)

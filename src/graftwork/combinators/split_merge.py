@@ -38,6 +38,7 @@ class SplitMerge(Method):
     gradient.  The bias of a matrix has `copies` whole copies, drawn with it, whose mean is stored.
     share: "down" leaves the matrices at the input as they are and splits those at the output; "none" splits both.
     of: a method with such matrices (bottleneck, lora). The file is that of this method, to which the adapter has become merged.
+    When: a bottleneck or LoRA shall learn more at the same stored size, and each batch may pass the model twice.
     Parameters: those of the method inside, and copies - 1 more biases of the split matrices.  Source: Zhang et al. 2023, section 3.2.
     """
 
@@ -114,6 +115,7 @@ def MoSA(d: int = 64, copies: int = 4, share: str = "down", merge: str = "add") 
 
     d: bottleneck width.  copies, share, merge: of split_merge. Other hosts: gw.SplitMerge(of=gw.LoRA(r=64)) and the like.
     Two passes of every batch, and gw.auxiliary_loss's place taken by `graftwork.objectives.mosa.mosa_loss`.
+    When: image classification, where AdaptFormer fits and training may cost twice as much.
     Parameters stored: those of the adapter, 2 d_model d + d + d_model, and 2 d_model of LN.  Source: Zhang et al. 2023, section 4.
     """
     adapter = get("bottleneck")(

@@ -39,6 +39,7 @@ class AdaptableAdapters(Method):
     d: m; None takes d_model // reduction.  p, q: degrees of F.  rational: what F is at first (see `Rational`).
     init, init_std: of D and U as for bottleneck; biases zero.
     switch_lr, rational_lr: learning rates of z and of F as multiples of the adapter's, in `adapter.groups(lr)`.
+    When: little data, or a search for the layers that need an adapter, which then are trained alone.
     Parameters per site: 2 d_model m + m + d_model + p + 1 + q, and 2 with the switch.  Source: Moosavi et al. 2022, eq. 1 to 4.
     """
 

@@ -51,8 +51,9 @@ def AdaptFormer(
     d: bottleneck width.  scale: s, fixed.  dropout: between relu and U.
     norm: "none" as released · "in" h is normed by a LayerNorm of the adapter's own, as in the paper's equation · "shared" h = LN2 x'.
     sequential: the ablation that is worse, on the MLP's output in the place of x'.  Starts at the identity (U = 0).
+    When: image and video transformers, plain or windowed: the parallel adapter with one fixed small scale, nothing to tune but d.
     Parameters per block: 2 d_model d + d + d_model (and 2 d_model with norm="in").  Source: Chen et al. 2022, section 3 and
-    ShoufaChen/AdaptFormer, whose other pieces are settings of the run: a new head, in the MAE recipe behind a BatchNorm without gain.
+        ShoufaChen/AdaptFormer.
     """
     places = {"none": "residual", "in": "residual", "shared": "parallel"}
     if norm not in places or (sequential and norm == "shared"):

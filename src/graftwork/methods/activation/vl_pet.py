@@ -8,25 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 from graftwork.core.adapter import Part
-from graftwork.core.delta import Delta
 from graftwork.core.errors import GraftError
 from graftwork.core.fields import choice, number, positive, where
-from graftwork.core.initial import normal, parameter, zeros
 from graftwork.core.method import Method, method, preset
-from graftwork.core.passes import token_mean
 from graftwork.core.site import Site
 
 from ..weight.full import Full
 from .bottleneck import Bottleneck
+from .granular import GATES, Granular
 from .nonlinear import ACTIVATIONS
 from .residual import check_position
-
-GATES = ("large", "middle_x", "middle_y", "small")
 
 
 @method("vl_pet_encoder")
@@ -41,8 +33,9 @@ class VLPETEncoder(Method):
     heads: must divide d; the slices' outputs side by side are those of one D, so that they change no result.
     source: x is the "entry" of the sub-layer, as it sees it, or the "residual" stream in front of a pre-norm one (VL-T5).
     Init: matrices and w N(0, init_std^2), biases zero. Not the identity.  "small" sees later tokens: no key-value cache.
+    When: an encoder-decoder that is fed pictures and text, or any encoder whose adapters shall be weighed token by token.
     Parameters per sub-layer: 2 d d_model + d + d_model, and large 2 gate_dim d_model + gate_dim + d_model, middle_x d_model + 1,
-    middle_y d_model, small 2 d_model + 1.  Source: Hu et al. 2023, eq. 5 to 9.
+        middle_y d_model, small 2 d_model + 1.  Source: Hu et al. 2023, eq. 5 to 9.
     """
 
     d: int = positive(96)
@@ -83,51 +76,6 @@ class VLPETEncoder(Method):
         return 2 * self.d * d + self.d + d + gate[self.gate]
 
 
-class Granular(Delta):
-    """down = D [heads, d / heads, d_model], up = U, with their biases; gate_up = U', w or z, gate_down = D'."""
-
-    reading = "y"
-
-    def __init__(self, method: VLPETEncoder, site: Site) -> None:
-        super().__init__()
-        draw, like = normal(method.init_std), next(site.module.parameters())
-        m, d, seen = method.d, site.d, method.entry_width(site)
-        self.kind, self.act = method.gate, method.act
-        self.source = "norm" if method.source == "residual" else "input" if site.entry is None else "entry"
-        self.down = parameter((method.heads, m // method.heads, d), draw, like)
-        self.up = parameter((d, m), draw, like)
-        self.down_bias, self.up_bias = parameter((m,), zeros, like), parameter((d,), zeros, like)
-        rows, columns = {"large": (d, method.gate_dim), "middle_x": (1, d), "small": (1, seen + d)}.get(
-            self.kind, (d, 0)
-        )
-        if self.kind == "large":
-            self.gate_down = parameter((method.gate_dim, seen), draw, like)
-            self.gate_down_bias = parameter((method.gate_dim,), zeros, like)
-        self.gate_up = parameter((rows, columns), draw, like) if columns else parameter((d,), zeros, like)
-        self.gate_bias = parameter((rows,), zeros, like) if columns else None
-
-    def opened(self, x: Tensor, y: Tensor, whole: Tensor) -> Tensor:
-        """G, [batch, seq, d_model] (large), [batch, seq, 1] (middle_x), [d_model] (middle_y) or [batch, 1, 1] (small)."""
-        if self.kind == "middle_y":
-            return 1 + self.gate_up
-        if self.kind == "large":
-            seen = ACTIVATIONS[self.act](_affine(x, self.gate_down, self.gate_down_bias))
-        else:
-            seen = x + y if self.kind == "middle_x" else torch.cat([x, whole], -1)
-        g = torch.sigmoid(_affine(seen, self.gate_up, self.gate_bias))
-        return token_mean(g, self.runtime, real=True) if self.kind == "small" else g
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        inner = ACTIVATIONS[self.act](_affine(y, self.down.flatten(0, 1), self.down_bias))
-        whole = y + _affine(inner, self.up, self.up_bias)
-        return self.opened(x, y, whole) * whole
-
-
-def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    flat = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)  # on more axes, other bits when weights are frozen
-    return flat.view(*x.shape[:-1], -1)
-
-
 @preset("vl_pet")
 def VLPET(
     d: int = 96,
@@ -141,6 +89,7 @@ def VLPET(
 
     d, heads, gate, source: of vl_pet_encoder.  decoder_scale: s.  VL-T5: d=192, source="residual", decoder_scale=0.3.
     norms: the encoder's layer norms are trained; what embeds pictures is the run's to choose, as Full(at="/visual/").
+    When: question answering and captions by a small encoder-decoder over image features, several tasks at once.
     Parameters: those of vl_pet_encoder, and 2 * 96 d_model + 96 + d_model per decoder layer.  Source: Hu et al. 2023, section 3.
     """
     values = Bottleneck(

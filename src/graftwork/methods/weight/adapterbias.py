@@ -36,6 +36,7 @@ class TokenBias(Method):
     share_alpha: one (w, b) for all sites, which must be of one width; v is each site's own.
     In training a dropout of the backbone behind this layer falls on the shift, too; the released code adds it behind that.
     Init: w and b U(+-1 / sqrt(width)).
+    When: as BitFit, where a bias that is the same for every token is too little; a few thousand numbers per layer.
     Parameters per site: out + width + 1; with share_alpha out, and width + 1 once.  Source: Fu et al. 2022, eq. 2 to 4.
     """
 
@@ -121,6 +122,7 @@ def AdapterBias(share_alpha: bool = False, reads_from: str = "input", norms: boo
 
     share_alpha, reads_from: of token_bias; reads_from="output" where the models of speech put it.
     norms: LayerNorms behind (in pre-norm blocks before) the feed-forward and at the embeddings; those of attention stay.
+    When: text classification and speech at the budget of BitFit, 0.05% of the backbone.
     Parameters: L (d + d_ff + 1), and 2 d (L + 1) for the norms; BERT-base 46,092 and 19,968.  Source: Fu et al. 2022.
     """
     shifts = TokenBias(share_alpha=share_alpha, reads_from=reads_from)

@@ -34,6 +34,7 @@ class RAdapter(Method):
         gw.save(..., resume=True) all that training needs.
     Rescaling needs no word of its own: gw.activate(model, "0.5*a") is (I + 0.5 E) W, half way between W and W', bias included;
         published factors: 0.5 for classification, 0.8 for retrieval, 0.4 for segmentation.
+    When: a zero-shot model (CLIP) is tuned on one data set and must stay good on others.
     Parameters per site: out^2, or 2 r out.  Source: Kim et al. 2024, eq. 4 to 8.
     """
 

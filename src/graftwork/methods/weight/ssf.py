@@ -36,6 +36,7 @@ class SSF(Method):
     is not merged.
     init: "identity" g = 1, c = 0;  "official" g ~ N(1, init_std^2), c ~ N(0, init_std^2), which is near the backbone.
     at: by default patch embedding, linear maps, convolutions and norms: all that has a weight.
+    When: vision backbones, also convolutional ones, that must cost nothing extra once merged, at a fifth of a percent of them.
     Parameters: 2 d per operation; ViT-B/16: 205,824.  Source: Lian et al. 2022, section 3.2.
     """
 
