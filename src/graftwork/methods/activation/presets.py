@@ -1,11 +1,13 @@
 """Published recipes made of bottleneck adapters, each under its own name.
 
 Houlsby et al. 2019, arXiv 1902.00751 · Bapna and Firat 2019, arXiv 1909.08478 (the placement known as Pfeiffer's) ·
-He et al. 2021, arXiv 2110.04366 (scaled parallel adapter, MAM) · Pfeiffer et al. 2020, arXiv 2005.00052 (MAD-X).
+He et al. 2021, arXiv 2110.04366 (scaled parallel adapter, MAM) · Pfeiffer et al. 2020, arXiv 2005.00052 (MAD-X) ·
+Steitz and Roth 2024, arXiv 2406.06820 (Adapter+).
 """
 
 from __future__ import annotations
 
+from graftwork.core.errors import GraftError
 from graftwork.core.method import Method, flatten, get, preset
 
 from ..weight.full import Full
@@ -95,3 +97,34 @@ def MADXTask(reduction: int = 16, act: str = "relu") -> list[Method]:
     Parameters: L (2 d m + m + d).  Source: Pfeiffer et al. 2020, section 4.2.
     """
     return MADXLanguage(reduction=reduction, act=act, coupling="none")
+
+
+@preset("adapter_plus")
+def AdapterPlus(
+    r: int = 8, position: str = "post", init: str = "houlsby", init_std: float = 0.01, drop_path: float = 0.1
+) -> list[Method]:
+    """z + s * drop_path(U gelu(D z + b_D) + b_U) per block, s one learned number per channel; drop_path per sample,
+    in training.
+
+    r: bottleneck width.  position (m = mlp(LN2 y), z = y + m the block's output): "post" z + A(z) · "pre" the layer
+        norm and the skip
+        see y + A(y) · "parallel" z + A(y) · "intermediate" z + A(m).
+    init: "houlsby" truncated normal of init_std, cut at 2 std · "bert" N(0, 0.02^2) · "lora" the identity.
+    Parameters: L (2 d r + r + 2 d).  Source: Steitz and Roth 2024, sections 3 and 4.
+    """
+    places = {
+        "post": ("after", "block"),
+        "pre": ("before", "mlp"),
+        "parallel": ("residual", "mlp"),
+        "intermediate": ("after", "mlp"),
+    }
+    if position not in places:
+        raise GraftError(
+            f"AdapterPlus(position={position!r})", "no such position", f"choose one of {', '.join(places)}"
+        )
+    where, at = places[position]
+    std = 0.02 if init == "bert" else init_std
+    return [
+        Bottleneck(d=r, act="gelu", position=where, scaling="channel", drop_path=drop_path, init=init, init_std=std,
+                   lora_bias=init == "lora", at=at)
+    ]  # fmt: skip

@@ -1,6 +1,6 @@
-"""Recipes made of bottleneck adapters that were published for images.
+"""AdaptFormer: the scaled parallel bottleneck of vision transformers.
 
-Steitz and Roth 2024, arXiv 2406.06820 (Adapter+) · Chen et al. 2022, arXiv 2205.13535 (AdaptFormer).
+Chen et al. 2022, "AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition", arXiv 2205.13535, section 3.
 """
 
 from __future__ import annotations
@@ -9,37 +9,6 @@ from graftwork.core.errors import GraftError
 from graftwork.core.method import Method, preset
 
 from .bottleneck import Bottleneck
-
-
-@preset("adapter_plus")
-def AdapterPlus(
-    r: int = 8, position: str = "post", init: str = "houlsby", init_std: float = 0.01, drop_path: float = 0.1
-) -> list[Method]:
-    """z + s * drop_path(U gelu(D z + b_D) + b_U) per block, s one learned number per channel; drop_path per sample,
-    in training.
-
-    r: bottleneck width.  position (m = mlp(LN2 y), z = y + m the block's output): "post" z + A(z) · "pre" the layer
-        norm and the skip
-        see y + A(y) · "parallel" z + A(y) · "intermediate" z + A(m).
-    init: "houlsby" truncated normal of init_std, cut at 2 std · "bert" N(0, 0.02^2) · "lora" the identity.
-    Parameters: L (2 d r + r + 2 d).  Source: Steitz and Roth 2024, sections 3 and 4.
-    """
-    places = {
-        "post": ("after", "block"),
-        "pre": ("before", "mlp"),
-        "parallel": ("residual", "mlp"),
-        "intermediate": ("after", "mlp"),
-    }
-    if position not in places:
-        raise GraftError(
-            f"AdapterPlus(position={position!r})", "no such position", f"choose one of {', '.join(places)}"
-        )
-    where, at = places[position]
-    std = 0.02 if init == "bert" else init_std
-    return [
-        Bottleneck(d=r, act="gelu", position=where, scaling="channel", drop_path=drop_path, init=init, init_std=std,
-                   lora_bias=init == "lora", at=at)
-    ]  # fmt: skip
 
 
 @preset("adaptformer")
