@@ -28,6 +28,7 @@ _HOME = {
     "values.parameters": "average arithmetic scale",
     "values.subtract": "subtract",
     "values.emea": "emea",
+    "values.focused": "focused",
     "values.extract": "extract",
     "values.similarity": "similarity",
     "values.soup": "nearest_domains clustered_domains metric_weights",

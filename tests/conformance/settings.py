@@ -307,8 +307,38 @@ SETTINGS: dict[str, list[Setting]] = {
         Setting({"side": "output"}, "output", True, hosts="linear_wide conv2d bert llama"),
     ],
     "bitfit": [Setting(identity=True, refuses="linear_wide embedding experts llama t5")],
+    "ssf": [
+        Setting(
+            identity=True,
+            refuses="experts",
+            adds_biases=True,
+            hosts=f"{LAYERS} encoder bert gpt2 vit",
+        ),
+        Setting({"at": "linear"}, "linear", True, adds_biases=True, hosts="llama t5"),  # norms without bias: not merged
+    ],
+    "token_bias": [
+        Setting(identity=True, refuses="embedding experts", adds_biases=True, lr=0.2),
+        Setting({"reads_from": "output", "share_alpha": True}, "output", True, adds_biases=True, hosts="conv2d bert"),
+    ],
+    "r_adapter": [
+        Setting({"p": 0.0, "momentum": 0.5}, identity=True, refuses=""),
+        Setting({"r": 3, "p": 0.0, "momentum": 0.0}, "low rank", True, hosts="linear_wide conv2d bert"),
+    ],
     "ln_tuning": [Setting(identity=True, refuses=LAYERS, from_weight=True)],
     "loreft": [Setting({"r": 2, "positions": "p2+s2"}, refuses=NOT_ACTIVATIONS)],
+    "adaptable_adapters": [
+        # with switches, training draws: tests/systems has them
+        Setting({"d": 5, "switch": False, "rational": "gelu"}, identity=False, refuses=NOT_ACTIVATIONS),
+        Setting({"d": 5, "switch": False, "init": "lora"}, "lora", True, hosts="bert"),
+    ],
+    "vl_pet_encoder": [
+        Setting(
+            {"d": 6, "heads": 2, "gate_dim": 5},
+            identity=False,
+            refuses=f"conv2d conv2d_reflect embedding {NOT_ACTIVATIONS}",
+        ),
+        Setting({"d": 6, "heads": 2, "gate": "small"}, "small", False, caches=False, hosts="bert vit"),
+    ],
     "phm": [
         Setting({"d": 8}, refuses=NOT_ACTIVATIONS),
         Setting({"d": 8, "position": "sum", "at": "mlp"}, "sum", False, hosts=PRE_NORM),
@@ -358,6 +388,17 @@ SETTINGS: dict[str, list[Setting]] = {
         Setting(
             {"of": REGISTRY["prefix"](length=3, reparam="mlp", mid=8)}, "mlp", False, caches=False, hosts="bert llama"
         ),
+    ],
+    "keyed": [
+        Setting({"of": REGISTRY["bottleneck"](d=5)}, refuses=NOT_ACTIVATIONS),
+        Setting({"of": REGISTRY["lora"](r=2)}, "lora", hosts="conv2d bert"),
+    ],
+    "split_merge": [
+        # a copy that was not drawn gets no gradient
+        Setting(
+            {"of": REGISTRY["bottleneck"](d=5), "copies": 2}, hosts=f"linear_square conv2d {MODELS}", thin=("values",)
+        ),
+        Setting({"of": REGISTRY["lora"](r=2), "share": "none"}, "lora", hosts="bert", thin=("values",)),
     ],
     "adapter_drop": [
         # of two layers the first has none in half of the passes

@@ -19,7 +19,7 @@ from graftwork.train import DataSettings, FitSettings, TrainSettings, open_train
 
 DECODERS = {"llama_adapter"}  # the others sit on any backbone
 # whose file is the adapter of another method, with so many times the parameters that were trained
-STORED = {"corda": ("lora", 2), "loraplus": ("bottleneck", 1)}
+STORED = {"corda": ("lora", 2), "loraplus": ("bottleneck", 1), "split_merge": ("bottleneck", 1)}
 FIT = FitSettings(steps=8, batch=8, lr=5e-3, evaluate_every=4, keep_checkpoints=True)
 
 
