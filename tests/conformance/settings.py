@@ -309,6 +309,28 @@ SETTINGS: dict[str, list[Setting]] = {
     "bitfit": [Setting(identity=True, refuses="linear_wide embedding experts llama t5")],
     "ln_tuning": [Setting(identity=True, refuses=LAYERS, from_weight=True)],
     "loreft": [Setting({"r": 2, "positions": "p2+s2"}, refuses=NOT_ACTIVATIONS)],
+    "conv_adapter": [
+        Setting(identity=False, hosts="conv2d conv2d_reflect convnet"),
+        Setting({"init": "zero_up", "position": "sequential"}, "sequential", True, hosts="conv2d"),
+    ],
+    # batch statistics differ from the running ones that evaluation uses, and what both modes compute is compared
+    "batch_norm": [
+        Setting({"statistics": "running"}, identity=True, hosts="convnet", from_weight=True, stored=2),
+    ],
+    "series_conv": [
+        Setting(
+            {"statistics": "running", "init": "zero"},
+            identity=True,
+            hosts="conv2d conv2d_reflect convnet",
+            adds_biases=True,
+            stored=1.2,
+        ),
+        Setting({"statistics": "running", "skip": "u"}, "u", False, hosts="convnet", adds_biases=True, stored=1.2),
+    ],
+    "parallel_conv": [
+        Setting({"init": "zero"}, identity=True, hosts="conv2d conv2d_reflect convnet", refuses="conv2d_reflect"),
+        Setting({"r": 3}, "low rank", False, hosts="conv2d convnet"),
+    ],
     "phm": [
         Setting({"d": 8}, refuses=NOT_ACTIVATIONS),
         Setting({"d": 8, "position": "sum", "at": "mlp"}, "sum", False, hosts=PRE_NORM),
@@ -404,7 +426,7 @@ def _cases() -> tuple[list[Case], list[Case]]:
     for name in sorted(name for name, made in REGISTRY.items() if not made.mixes):
         for setting in SETTINGS.get(name, [Setting()]):
             for host in HOSTS:
-                if setting.hosts is not None and host.name not in setting.hosts.split():
+                if host.name not in setting.hosts.split() if setting.hosts is not None else host.asked:
                     continue
                 case = Case(name, setting, host)
                 try:

@@ -18,6 +18,7 @@ from graftwork.core.method import REGISTRY
 from graftwork.train import DataSettings, FitSettings, TrainSettings, open_trained, train
 
 DECODERS = {"llama_adapter"}  # the others sit on any backbone
+CONVOLUTIONAL = {"batch_norm", "conv_adapter", "parallel_conv", "series_conv"}
 # whose file is the adapter of another method, with so many times the parameters that were trained
 STORED = {"corda": ("lora", 2), "loraplus": ("bottleneck", 1)}
 FIT = FitSettings(steps=8, batch=8, lr=5e-3, evaluate_every=4, keep_checkpoints=True)
@@ -44,16 +45,17 @@ def text(name: str) -> str:
 # what mixes other adapters is trained beside them: test_members
 @pytest.mark.parametrize("name", sorted(name for name, made in REGISTRY.items() if not made.mixes))
 def test_a_method_is_trained_opened_and_resumed(name: str, backbones: Callable[[str], Path], tmp_path: Path) -> None:
-    decoder = name in DECODERS
-    data = tiny.write_csv(tmp_path / "rows.csv", tiny.alphabets(80) if decoder else tiny.feelings(80))
-    backbone, out = backbones("llama" if decoder else "bert"), tmp_path / "out"
+    kind = "llama" if name in DECODERS else "resnet" if name in CONVOLUTIONAL else "bert"
+    rows = {"llama": tiny.alphabets, "resnet": tiny.pictures, "bert": tiny.feelings}[kind](80)
+    data = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    backbone, out = backbones(kind), tmp_path / "out"
     job = TrainSettings(str(backbone), str(out), DataSettings(str(data)), text(name), name="it", fit=FIT)
     trained = train(job)
     whole = load_file(out / "adapter.safetensors")
     again = open_trained(out)
     stored, times = STORED.get(name, (name, 1))
     assert again.adapter.methods[0].name == stored and again.adapter.num_parameters <= times * trained.parameters
-    assert len(again.predict([{"text": "a b c"}], max_new_tokens=2)) == 1
+    assert len(again.predict([rows[0] if kind == "resnet" else {"text": "a b c"}], max_new_tokens=2)) == 1
     shutil.rmtree(out / "checkpoints" / "checkpoint-8")
     for file in ("adapter.json", "adapter.safetensors", "README.md"):
         (out / file).unlink()
