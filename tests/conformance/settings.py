@@ -345,6 +345,19 @@ SETTINGS: dict[str, list[Setting]] = {
         Setting(identity=False, refuses=f"{LAYERS} encoder vit"),
         Setting({"coupling": "glow", "act": "tanh"}, "glow", False, hosts="bert t5 llama gpt2"),
     ],
+    "read": [
+        Setting({"d": 6}, identity=True, refuses=LAYERS),
+        Setting({"d": 6, "joiner": True, "agg": "last"}, "joiner", True, hosts="bert llama", caches=False),
+        Setting({"d": 6, "cell": "lstm", "start": "embedding"}, "lstm", True, hosts="bert t5"),
+    ],
+    "k_adapter": [
+        Setting(
+            {"states": "0,-1", "d": 8, "depth": 1, "heads": 2, "d_ff": 16, "init_std": 0.2},
+            identity=False,
+            refuses=LAYERS,
+            caches=False,
+        ),
+    ],
     "ladder": [Setting({"r": 3, "drop": 0}, refuses=LAYERS)],
     "generated": [
         Setting(

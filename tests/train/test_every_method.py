@@ -36,6 +36,8 @@ def text(name: str) -> str:
         return "vblora(vectors=32, length=8)"  # its 256 do not divide the tiny model's widths
     if name == "eigenlorax":
         return "eigenlorax(k=8, extra=4)"
+    if name == "k_adapter":
+        return "k_adapter(states='0,1', d=8, heads=2, d_ff=16)"  # the tiny model has no block 23
     if name == "corda":
         return "corda(r=4, alpha=4)"  # the tiny model's layers have no 128 directions
     needs = [f.name for f in dataclasses.fields(REGISTRY[name]) if f.default is dataclasses.MISSING]
