@@ -358,6 +358,10 @@ SETTINGS: dict[str, list[Setting]] = {
             caches=False,
         ),
     ],
+    "s2a_side": [
+        Setting({"r": 4}, identity=True, refuses=f"{LAYERS} llama t5 gpt2"),
+        Setting({"r": 4, "pool": False, "bits": 8}, "tokens", True, hosts="llama t5 vit"),
+    ],
     "ladder": [Setting({"r": 3, "drop": 0}, refuses=LAYERS)],
     "generated": [
         Setting(

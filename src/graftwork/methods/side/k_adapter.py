@@ -16,8 +16,8 @@ from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 from graftwork.sites.where import in_layers
 
-from .knowledge import Features, Knowledge, causal
-from .trail import ending
+from .knowledge import Features, Knowledge
+from .trail import causal, ending
 
 
 @method("k_adapter")

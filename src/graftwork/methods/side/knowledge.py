@@ -18,11 +18,6 @@ if TYPE_CHECKING:
     from .k_adapter import KAdapter
 
 
-def causal(block: nn.Module) -> bool:
-    """Whether a token of this block sees only those before it."""
-    return any(getattr(m, "is_causal", False) or getattr(m, "is_decoder", False) for m in block.modules())
-
-
 class Layer(nn.Module):
     """x' = LN(x + attention(x)),  x'' = LN(x' + down(gelu(up(x'))))."""
 

@@ -39,6 +39,11 @@ def ending(part: Part, site: Site) -> bool:
     return any(top.tower == site.tower and top.exit is not None for top in part.anatomy.of("top"))
 
 
+def causal(block: nn.Module) -> bool:
+    """Whether a token of this block sees only those before it."""
+    return any(getattr(m, "is_causal", False) or getattr(m, "is_decoder", False) for m in block.modules())
+
+
 class Line(nn.Module):
     """x W^T + b,  W [out, in]."""
 
