@@ -128,6 +128,25 @@ def test_residual_adapters__statistics_belong_to_a_domain():
         model.train()(x)
 
 
+def test_residual_adapters__what_is_made_of_old_statistics_is_made_again():
+    """Statistics alone may move: a pass in training without a step."""
+    model, x = resnet("basic"), images()
+    for seed, name in enumerate(("one", "two")):
+        trained(model, gw.ResidualAdapters(), name, seed=seed)
+    both = gw.rows(["one", "two"])
+    gw.activate(model, both)
+    before = logits(model, x)
+    gw.activate(model, "two")
+    alone = logits(model, x)
+    logits(model.train(), x + 3)
+    model.eval()
+    after = logits(model, x)
+    assert not torch.allclose(after, alone, atol=1e-4)
+    gw.activate(model, both)
+    mixed = logits(model, x)
+    torch.testing.assert_close(mixed, torch.stack([before[0], after[1]]), atol=1e-5, rtol=1e-4)
+
+
 def test_residual_adapters__a_file_keeps_the_statistics(tmp_path):
     model, x = resnet("basic"), images()
     trained(model, gw.ResidualAdapters(), "d", seed=1)

@@ -82,9 +82,13 @@ class Normaliser(nn.Module):
         if runtime.rows is not None:
             do = "call model.eval(), or train one adapter at a time"
             raise GraftError("train with one adapter per row", "batch statistics are of one adapter's batch", do)
-        # a block that gradient checkpointing runs again has been counted: copies move then
-        mean, var = (t if runtime.running else t.clone() for t in (self.mean, self.var))
-        return F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
+        mean, var = self.mean.clone(), self.var.clone()
+        y = F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
+        if runtime.running:  # a block that gradient checkpointing runs again has been counted
+            with torch.no_grad():  # by copy_, which counts as a write: what was made of the old ones is made again
+                self.mean.copy_(mean)
+                self.var.copy_(var)
+        return y
 
 
 class OwnNorm(WeightDelta):
