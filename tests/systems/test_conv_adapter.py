@@ -44,6 +44,25 @@ def test_conv_adapter__is_the_two_branches_at_every_size(stride, dilation, size,
     torch.testing.assert_close(out, plain + delta.scale[:, None, None] * up(F.relu(down(h))))
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_conv_adapter__in_one_and_in_three_dimensions(n):
+    kinds = {1: (nn.Conv1d, 9), 3: (nn.Conv3d, 5)}
+    conv, size = kinds[n]
+    model = nn.Sequential(conv(3, 16, 1), conv(16, 8, 3, stride=2, padding=1))
+    adapter = gw.graft(model, gw.ConvAdapter(at="/^1$/"), head=False)
+    spread(adapter)
+    (delta,) = adapter.deltas()
+    x = torch.randn(2, 3, *[size] * n)
+    h, plain = model[0](x), _bare(model, x)
+    one = [None] * n
+    inner = conv(16, 2, 3, stride=2, padding=1, groups=2)
+    inner.weight.data, inner.bias.data = delta.down.data, delta.down_bias.data
+    outer = conv(2, 8, 1)
+    outer.weight.data, outer.bias.data = delta.up.data[(..., *one)], delta.up_bias.data
+    scale = delta.scale[(..., *one)]
+    torch.testing.assert_close(model(x), plain + scale * outer(F.relu(inner(h))), atol=1e-5, rtol=1e-4)
+
+
 def test_conv_adapter__downsampling_by_a_kernel_of_two():
     model, delta = grafted(nn.Conv2d(16, 32, 2, 2), act="gelu")
     assert delta.down.shape == (2, 8, 2, 2)

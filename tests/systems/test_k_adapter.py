@@ -66,7 +66,7 @@ def test_k_adapter__gradients_are_those_over_cached_states() -> None:
     out: Any = 0
     for step, at in zip(steps, (0, 1, 3), strict=True):
         step.runtime.mask = given["attention_mask"]
-        out = step.know(hidden[at].detach() + out)
+        out = step.know(hidden[at].detach() + out, {})
     end.dense(torch.cat([hidden[-1].detach(), out], -1)).square().mean().backward()
     for p, g in zip(adapter.parameters(), grads, strict=True):
         torch.testing.assert_close(p.grad, g)
@@ -176,14 +176,25 @@ def test_k_adapter__padding_is_not_seen(kind: str) -> None:
     torch.testing.assert_close(run(model, given)[1:, :-2], run(model, short), atol=1e-5, rtol=1e-4)
 
 
-def test_k_adapter__a_causal_stack_stays_causal() -> None:
-    model, _ = grafted("llama")
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom", "openai-gpt", "codegen"])
+def test_k_adapter__a_causal_stack_stays_causal(kind: str) -> None:
+    """By a flag of its attention, by the mask its blocks are given, or by one they keep."""
+    sizes: dict[str, Any] = {"vocab_size": 99, "n_layer": 4, "n_head": 4, "pad_token_id": 0}
+    width = {"hidden_size": 32} if kind == "bloom" else {"n_embd": 32, "n_positions": 32, "rotary_dim": 4}
+    torch.manual_seed(0)
+    other = kind not in ("llama", "gpt2")
+    model = T.AutoModelForCausalLM.from_config(T.CONFIG_MAPPING[kind](**sizes | width)) if other else None
+    model, _ = grafted(kind, model=model)
     given = batch("llama", pad=0)
     before = run(model, given)
     given["input_ids"][:, -1] = 50
     after = run(model, given)
     torch.testing.assert_close(after[:, :-1], before[:, :-1])
     assert not torch.allclose(after[:, -1], before[:, -1])
+
+
+def test_k_adapter__generates_without_a_cache() -> None:
+    model, _ = grafted("llama")
     assert decode(model, batch("llama"), use_cache=False).shape[0] == 6
     with pytest.raises(gw.GraftError, match="cache"):
         decode(model, batch("llama"))

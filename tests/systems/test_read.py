@@ -213,7 +213,7 @@ def test_read__generation_with_a_cache() -> None:
         ("bert", {"at": "q, top"}, "not a block"),
         ("bert", {"at": "block, top", "joiner": True}, "self-attention"),
         ("bert", {"cell": "tree"}, "one of"),
-        ("swin", {}, "widths"),
+        ("swin", {}, "one width"),
     ],
 )
 def test_read__what_cannot_be_is_refused_by_name(kind: str, options: dict[str, Any], words: str) -> None:

@@ -207,13 +207,21 @@ def test_s2a__prompts_and_merging() -> None:
         gw.merge(model.eval())
 
 
+def test_s2a__a_causal_stack_is_refused_when_its_mask_is_seen() -> None:
+    config = T.BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=4)
+    model = T.BloomModel(config)
+    gw.graft(model, gw.S2ASide(r=4), head=False)
+    with pytest.raises(gw.GraftError, match="causal"):
+        model(**batch("llama"))
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "words"),
     [
         ("bert", {"bits": 3}, "3 bits"),
         ("bert", {"at": "block"}, "no top"),
         ("llama", {}, "causal"),
-        ("resnet", {}, "cannot be added"),
+        ("resnet", {}, "one width"),
     ],
 )
 def test_s2a__what_cannot_be_is_refused_by_name(kind: str, options: dict[str, Any], words: str) -> None:

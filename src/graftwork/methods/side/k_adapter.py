@@ -17,7 +17,7 @@ from graftwork.core.site import Site
 from graftwork.sites.where import in_layers
 
 from .knowledge import Features, Knowledge
-from .trail import causal, ending
+from .trail import causal, ending, stack_of
 
 
 @method("k_adapter")
@@ -57,15 +57,9 @@ class KAdapter(Method):
 
     def build(self, site: Site, part: Part) -> Delta | None:
         asked, trail = f"{self} at {site.key}", f"k_adapter {id(part)} {site.tower}"
-        if site.role not in ("block", "top") or not any(s.role == "top" for s in part.sites):
-            raise GraftError(asked, "not a block, or no top to the blocks", "leave at='block, top'")
         if not ending(part, site):
             return None
-        blocks = [s for s in part.sites if s.role == "block" and s.tower == site.tower]
-        chosen = in_layers(blocks, self.states)
-        if len({s.d for s in blocks}) > 1:
-            found = f"states of widths {sorted({s.d for s in blocks})}, which cannot be added"
-            raise GraftError(asked, found, "choose a backbone whose blocks have one width")
+        chosen = in_layers(stack_of(part, site, asked), self.states)
         if site.role == "top":
             return Features(self, site, trail)
         return Knowledge(self, site, trail, causal(site.module)) if site in chosen else None

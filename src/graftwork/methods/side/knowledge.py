@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from graftwork.core.errors import GraftError
 from graftwork.core.initial import made, normal, ones, parameter, zeros
 from graftwork.core.site import Site
 
-from .trail import End, Line, Seen, Step
+from .trail import End, Line, Seen, Step, visible
 
 if TYPE_CHECKING:
     from .k_adapter import KAdapter
@@ -53,22 +54,25 @@ class Knowledge(Step):
         )
         self.causal = causal
 
-    def know(self, u: Tensor) -> Tensor:
-        """o from u, both [batch, seq, D]."""
-        x, mask = self.down(u), self.mask(u)
+    def know(self, u: Tensor, given: dict[str, Any]) -> Tensor:
+        """o from u, both [batch, seq, D].  given: the block's arguments."""
+        x, mask = self.down(u), self.mask(u, given)
         for layer in self.layers:
             x = layer(x, mask)
         return u + self.up(x)
 
-    def mask(self, u: Tensor) -> Tensor | None:
-        """True where a token may look: at the real ones, itself, and, in a causal stack, at none behind it."""
-        seq = u.shape[1]
-        allowed = torch.ones(seq, seq, dtype=torch.bool, device=u.device).tril()[None] if self.causal else None
-        given = self.runtime.mask
-        if given is not None and given.dim() == 2 and given.shape[1] == seq and given.shape[0] == u.shape[0]:
-            real = given[:, None].bool() | torch.eye(seq, dtype=torch.bool, device=u.device)
-            allowed = real if allowed is None else allowed & real
-        return None if allowed is None else allowed[:, None]
+    def mask(self, u: Tensor, given: dict[str, Any]) -> Tensor | None:
+        """True where a token may look: where the block's own may, not at padding, and always at itself."""
+        seq, padding = u.shape[1], self.runtime.mask
+        found = [visible(given, seq)]
+        if self.causal:
+            found.append(torch.ones(seq, seq, dtype=torch.bool, device=u.device).tril()[None, None])
+        if padding is not None and padding.shape == u.shape[:2]:
+            found.append(padding[:, None, None].bool())
+        masks = [t for t in found if t is not None]
+        if not masks:
+            return None
+        return functools.reduce(torch.logical_and, masks) | torch.eye(seq, dtype=torch.bool, device=u.device)
 
 
 class Features(End):
@@ -87,6 +91,6 @@ class Features(End):
             raise GraftError("k_adapter with a key-value cache", "its layers keep no keys of earlier tokens", do)
         out: Tensor | None = None
         for one in seen:
-            out = one.step.know(one.x if out is None else one.x + out)
+            out = one.step.know(one.x if out is None else one.x + out, one.given)
         assert out is not None
         return self.dense(torch.cat([y, out], -1))  # type: ignore[no-any-return]

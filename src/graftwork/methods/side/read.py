@@ -16,7 +16,7 @@ from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
 from .recurrent import CELLS, Correction, Map
-from .trail import Step, ending
+from .trail import Step, ending, stack_of
 
 
 @method("read")
@@ -48,18 +48,13 @@ class READ(Method):
 
     def build(self, site: Site, part: Part) -> Delta | None:
         asked, trail = f"{self} at {site.key}", f"read {id(part)} {site.tower}"
-        if site.role not in ("attn", "block", "top") or not any(s.role == "top" for s in part.sites):
-            raise GraftError(asked, "not a block, or no top to the blocks", "leave `at` as it is")
+        if site.role == "attn":
+            return Map(trail) if self.joiner and ending(part, site) else None
         if self.joiner and not any(s.role == "attn" for s in part.sites):
             raise GraftError(asked, "no self-attention whose maps could be joined", "set joiner=False")
-        if not ending(part, site) or (site.role == "attn" and not self.joiner):
+        if not ending(part, site):
             return None
-        if site.role == "attn":
-            return Map(trail)
-        blocks = [s for s in part.sites if s.role == "block" and s.tower == site.tower]
-        if len({s.d for s in blocks}) > 1:
-            found = f"states of widths {sorted({s.d for s in blocks})}, of which one cell reads one"
-            raise GraftError(asked, found, "choose a backbone whose blocks have one width")
+        blocks = stack_of(part, site, asked)
         if site.role == "block":
             return Step(site, trail)
         return Correction(self, site, trail, all(s.path != site.path for s in blocks))

@@ -20,13 +20,15 @@ from graftwork.core.errors import GraftError
 from graftwork.core.fields import choice, count, flag, positive, where
 from graftwork.core.initial import zeros
 from graftwork.core.method import Method, method, preset
-from graftwork.core.plan import channels_first, first_output
+from graftwork.core.plan import first_output
 from graftwork.core.site import Site
 
 from ..activation.nonlinear import ACTIVATIONS
 from ..weight.bitfit import BitFit
 from .packing import Packing
-from .trail import End, Line, causal, ending
+from .trail import End, Line, causal, ending, stack_of, visible
+
+CAUSAL = "a causal block: a mean over all tokens tells of later ones"
 
 
 @method("s2a_side")
@@ -39,7 +41,8 @@ class S2ASide(Method):
         bits instead of their input: of f'(x) over its range, of y, of the normalised x. Forward values are exact, a
         gradient of f is off by half a code's step at most (1.26 / 15 / 2 for GELU and 4 bits).  0: nothing is packed.
         A compiled model packs nothing.
-    r: rows of D_l.  act: g.  pool: p_l is one vector for each input; False gives each token its own.
+    r: rows of D_l.  act: g.  pool: p_l is one vector for each input; False gives each token its own, as causal
+        stacks need (those that say so are refused; one without attention, Mamba, says nothing).
     Identity at init (U_l, c_l zero).  Parameters: per block 2 r d + r + d.
     """
 
@@ -56,16 +59,11 @@ class S2ASide(Method):
 
     def build(self, site: Site, part: Part) -> Delta | None:
         asked, trail = f"{self} at {site.key}", f"s2a {id(part)} {site.tower}"
-        if site.role not in ("block", "top") or not any(s.role == "top" for s in part.sites):
-            raise GraftError(asked, "not a block, or no top to the blocks", "leave at='block, top'")
         if not ending(part, site):
             return None
-        widths = {s.d for s in part.sites if s.tower == site.tower}
-        if len(widths) > 1 or channels_first(site.module):
-            found = f"states of widths {sorted(widths)}, or of images, which cannot be added"
-            raise GraftError(asked, found, "choose a backbone whose blocks give tokens of one width")
+        stack_of(part, site, asked)
         if self.pool and causal(site.module):
-            raise GraftError(asked, "a causal block: a mean over all tokens tells of later ones", "set pool=False")
+            raise GraftError(asked, CAUSAL, "set pool=False")
         return Outcome(trail) if site.role == "top" else Pooled(self, site, trail)
 
     def count(self, site: Site) -> int:
@@ -78,14 +76,20 @@ class Pooled(Delta):
     def __init__(self, method: S2ASide, site: Site, trail: str) -> None:
         super().__init__()
         like = next(site.module.parameters())
-        self.method, self.trail = method, trail
+        self.method, self.trail, self.looked = method, trail, not method.pool
         self.down, self.up = Line(site.d, method.r, like), Line(method.r, site.d, like, zeros)
 
     def around(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         keeps = self.method.bits and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         with Packing(self.method.bits) if keeps else nullcontext():
             out = base(*args, **kwargs)
-        p = self.pooled(first_output(out).detach())
+        h = first_output(out).detach()
+        if not self.looked and not torch.compiler.is_compiling():
+            seen = visible(dict(enumerate(args)) | kwargs, h.shape[-2])
+            if seen is not None and h.shape[-2] > 1 and not seen.triu(1).any():
+                raise GraftError(f"{self.method} at {self.key}", CAUSAL, "set pool=False")
+            self.looked = True  # the mask is of one kind in every pass
+        p = self.pooled(h)
         self.runtime.state.setdefault(self.trail, []).append((self, p))
         return out
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from graftwork.core.adapter import Part
 from graftwork.core.delta import Delta
+from graftwork.core.errors import GraftError
 from graftwork.core.initial import Initial, kaiming_uniform, parameter, zeros
-from graftwork.core.plan import first_output, first_tensor, replace_output
+from graftwork.core.plan import channels_first, first_output, first_tensor, replace_output
 from graftwork.core.site import Site
 
 
@@ -39,9 +40,32 @@ def ending(part: Part, site: Site) -> bool:
     return any(top.tower == site.tower and top.exit is not None for top in part.anatomy.of("top"))
 
 
+def stack_of(part: Part, site: Site, asked: str) -> list[Site]:
+    """The blocks around a block or top that a side network reads. GraftError where it cannot stand here."""
+    if site.role not in ("block", "top") or not any(s.role == "top" for s in part.sites):
+        raise GraftError(asked, "not a block, or no top to the blocks", "leave `at` as it is")
+    blocks = [s for s in part.sites if s.role == "block" and s.tower == site.tower]
+    widths = sorted({s.d for s in blocks})
+    if len(widths) != 1 or channels_first(blocks[0].module):
+        found = f"no blocks that all give tokens of one width: {widths or 'none'}"
+        raise GraftError(asked, found, "choose a backbone of transformer blocks, all of them")
+    return blocks
+
+
 def causal(block: nn.Module) -> bool:
-    """Whether a token of this block sees only those before it."""
-    return any(getattr(m, "is_causal", False) or getattr(m, "is_decoder", False) for m in block.modules())
+    """Whether the block says that a token sees only those before it: by a flag of its attention, or a mask [1, 1, n, n] it keeps."""
+    flags = any(getattr(m, "is_causal", False) or getattr(m, "is_decoder", False) for m in block.modules())
+    return flags or any(
+        t.dim() == 4 and t.shape[:2] == (1, 1) and t.shape[2] == t.shape[3] > 1 for t in block.buffers()
+    )
+
+
+def visible(given: Mapping[Any, Any], seq: int) -> Tensor | None:
+    """True where a query may look, [batch or 1, 1, seq, seq], by the mask among a block's arguments; None without such a mask."""
+    for mask in given.values():
+        if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1:] == (1, seq, seq):
+            return mask if mask.dtype == torch.bool else mask > -1
+    return None
 
 
 class Line(nn.Module):
@@ -57,9 +81,7 @@ class Line(nn.Module):
 
 
 class Step(Delta):
-    """A block of the backbone, run without a graph and written down. graph: it runs with one, and the record alone has none."""
-
-    graph: bool = False
+    """A block of the backbone, run without a graph and written down."""
 
     def __init__(self, site: Site, trail: str) -> None:
         super().__init__()
@@ -67,7 +89,7 @@ class Step(Delta):
         self.names = list(inspect.signature(site.module.forward).parameters)
 
     def around(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with torch.set_grad_enabled(self.graph and torch.is_grad_enabled()):
+        with torch.no_grad():
             out = base(*args, **kwargs)
         given = dict(zip(self.names, args, strict=False)) | kwargs
         x = first_tensor(args, kwargs)
@@ -79,7 +101,10 @@ class Step(Delta):
 
 
 class End(Delta):
-    """Where a stack ends, at its last norm or else at its last block: `finish` makes the stack's output of what was seen."""
+    """Where a stack ends, at its last norm or else at its last block: `finish` makes the stack's output of what was seen.
+
+    graph: the norm or block itself runs with one.
+    """
 
     graph: bool = False
 
