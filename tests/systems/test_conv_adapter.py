@@ -143,7 +143,7 @@ def test_conv_adapter__convnext_with_its_downsampling():
 
 @pytest.mark.parametrize("position", ["parallel", "sequential"])
 @pytest.mark.parametrize("at", ["conv", "block"])
-def test_conv_adapter__every_placement_trains_merges_in_rows_and_adds_up(position, at):
+def test_conv_adapter__every_placement_runs_in_rows_and_adds_up(position, at):
     model, x = resnet("basic"), images(3)
     spread(gw.graft(model, gw.ConvAdapter(position=position, at=at), "a", head=False), 0.1)
     alone = logits(model, x)
@@ -154,8 +154,10 @@ def test_conv_adapter__every_placement_trains_merges_in_rows_and_adds_up(positio
     torch.testing.assert_close(mixed[0], alone[0], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(mixed[2], other[2], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(mixed[1], _bare(model, x).logits[1], atol=1e-5, rtol=1e-4)
+    gw.activate(model, "a - a")
+    torch.testing.assert_close(logits(model, x), _bare(model, x).logits, atol=1e-5, rtol=1e-4)
+    gw.activate(model, "a")
     with pytest.raises(gw.GraftError, match="merge"):
-        gw.activate(model, "a")
         gw.merge(model)
 
 

@@ -165,12 +165,8 @@ def test_k_adapter__counts_of_roberta_large() -> None:
     assert adapter.num_parameters == closed_form(model, [method]) == 47_251_200 + 2 * 1024**2 + 1024
 
 
-@pytest.mark.parametrize("kind", ["bert", "vit"])
-def test_k_adapter__padding_is_not_seen(kind: str) -> None:
-    model, _ = grafted(kind)
-    if kind == "vit":
-        assert run(model, batch("vit")).shape[0] == 2
-        return
+def test_k_adapter__padding_is_not_seen() -> None:
+    model, _ = grafted("bert")
     given = batch("bert", pad=2, side="right")
     short = {key: value[1:, :-2] for key, value in given.items()}
     torch.testing.assert_close(run(model, given)[1:, :-2], run(model, short), atol=1e-5, rtol=1e-4)

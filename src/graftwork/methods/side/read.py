@@ -1,6 +1,6 @@
 """READ: a small recurrent network that walks over the depth of the frozen one and corrects its last hidden state.
 
-Nguyen, Wang et al. 2023, "READ: Recurrent Adaptation of Large Transformers". Nothing is back-propagated through the
+Wang et al. 2023, "READ: Recurrent Adaptation of Large Transformers". Nothing is back-propagated through the
 backbone.
 """
 
@@ -33,7 +33,7 @@ class READ(Method):
     In an encoder-decoder it stands beside the decoder.  Identity at init (W_out and b_out zero, which is our choice).
     Parameters, of any number of layers: g (k m + m^2 + 2 m) + (m d + d) + d,  k = d, g = 3 (gru), 4 (lstm), 1 (rnn);
         "linear" m d in place of the first term;  joiner: k = 2 m, and m d + m^2 more;  embedding: m d more.
-    Source: Nguyen et al. 2023, section 3; the joiner from the paper's description (no official code).
+    Source: Wang et al. 2023, arXiv 2305.15348, section 3; the joiner from the paper's description (no official code).
     """
 
     d: int = positive(256)
