@@ -40,6 +40,7 @@ class ConvAdapter(Method):
     Downsampling convolutions between stages: at="conv, /downsampling_layer.1/".
     Parameters per site, K the kernel's size: K d_in + w + w d_out + 2 d_out (K w d_in with one group).
     Source: Chen et al. 2022, arXiv 2208.07463, eq. 1; Hhhhhhao/Conv-Adapter.
+    When: convolutional backbones, where an adapter must see neighbouring positions.
     """
 
     reduction: int = positive(8)

@@ -33,6 +33,7 @@ class KAdapter(Method):
     Downstream of several: `a | b` gives the features of both in one pass.  Not with a key-value cache.
     Parameters: per state depth (4 d^2 + 2 d d_ff + 9 d + d_ff) + 2 d D + d + D;  once 2 D^2 + D.
     Source: Wang et al. 2021, section 3.1; microsoft/K-Adapter.
+    When: knowledge of several sources, each trained by itself on plenty of data, which must not disturb each other.
     """
 
     states: str = text("0,11,23")

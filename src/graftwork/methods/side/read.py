@@ -34,6 +34,7 @@ class READ(Method):
     Parameters, of any number of layers: g (k m + m^2 + 2 m) + (m d + d) + d,  k = d, g = 3 (gru), 4 (lstm), 1 (rnn);
         "linear" m d in place of the first term;  joiner: k = 2 m, and m d + m^2 more;  embedding: m d more.
     Source: Wang et al. 2023, arXiv 2305.15348, section 3; the joiner from the paper's description (no official code).
+    When: memory of training is short and the backbone is deep: what is trained does not grow with its layers.
     """
 
     d: int = positive(256)

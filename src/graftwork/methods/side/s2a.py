@@ -44,6 +44,8 @@ class S2ASide(Method):
     r: rows of D_l.  act: g.  pool: p_l is one vector for each input; False gives each token its own, as causal
         stacks need (those that say so are refused; one without attention, Mamba, says nothing).
     Identity at init (U_l, c_l zero).  Parameters: per block 2 r d + r + d.
+    Source: S2A 2025 (abstract); quantiser, list of operations and side network are our reading.
+    When: activations fill the memory of training; together with bitfit (s2a), whose biases keep none.
     """
 
     r: int = positive(16)
@@ -123,6 +125,7 @@ def S2A(r: int = 16, bits: int = 4, prompt: Method | None = None) -> list[Method
     """Biases, a side network over pooled states, and packed activations: what is trained keeps no input of a matrix.
 
     prompt: trained tokens of the input besides, such as gw.Prompt(length=10) for text.
-    Parameters: all biases + 2 r d + r + d per block.
+    Parameters: all biases + 2 r d + r + d per block.  Source: S2A 2025 (abstract).
+    When: activations fill the memory of training: a third of what LoRA or full fine-tuning keeps, measured on a small ViT.
     """
     return [BitFit(), *([prompt] if prompt is not None else []), S2ASide(r=r, bits=bits)]

@@ -34,6 +34,7 @@ class BatchNorm(Method):
     momentum: m <- (1 - momentum) m + momentum m_batch, and v likewise.
     Parameters: 2 d per norm (and 2 d statistics).  Source: Rebuffi et al. 2017, section 3 (domain-specific
         normalisation); srebuffi/residual_adapters.
+    When: images of another domain shift the statistics of a convolutional backbone; alone, the cheapest adaptation.
     """
 
     statistics: str = choice("batch", "batch", "running")

@@ -38,6 +38,7 @@ class ParallelConv(Method):
     1 x 1 convolutions are left alone.
     Parameters per convolution: C_in C_out, or r (C_in + C_out), or r C_in with a fixed U.
     Source: Rebuffi et al. 2018, section 3.1; srebuffi/residual_adapters (parallel_adapters).
+    When: off-the-shelf convolutional backbones, and an adapter that costs nothing once it is merged.
     """
 
     r: int | None = positive(None)
@@ -119,5 +120,6 @@ def ParallelResidualAdapters(
 
     Parameters: C_in C_out + 2 C_out per convolution.  It suits backbones that were trained without adapters.
     Source: Rebuffi et al. 2018.
+    When: many visual domains on one off-the-shelf convolutional backbone.
     """
     return [ParallelConv(dropout=dropout, init=init, r=r), BatchNorm(statistics=statistics)]

@@ -35,6 +35,7 @@ class SeriesConv(Method):
     statistics, momentum: of BN, as for `batch_norm`.  1 x 1 convolutions are left alone.
     Parameters per convolution: C^2 + 2 C (and 2 C statistics).
     Source: Rebuffi et al. 2017, section 3, figure 2; srebuffi/residual_adapters (series_adapters).
+    When: the backbone was trained with such adapters in place; for one that was not, parallel_conv.
     """
 
     skip: str = choice("y", "y", "u")
@@ -103,5 +104,6 @@ def ResidualAdapters(init: str = "normal", skip: str = "y", statistics: str = "b
 
     Parameters: C^2 + 4 C per convolution.  The adapters of a domain want a weight decay of their own: the fewer its
     images, the higher (1e-4 to 1e-2).  Source: Rebuffi et al. 2017.
+    When: many visual domains on one backbone that was trained with such adapters in place.
     """
     return [SeriesConv(init=init, skip=skip, statistics=statistics), BatchNorm(statistics=statistics)]
