@@ -38,6 +38,7 @@ _HOME = {
     "combinators.generated": "temperature",
     "values.materialise": "materialise",
     "values.recycle": "recycle project",
+    "values.share_basis": "share_basis",
     "methods.weight.subspace": "intrinsic_dimension",
     "methods.weight.qlora": "quantisation_errors",
     "schedules.evolution": "evolve",

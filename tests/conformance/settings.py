@@ -339,6 +339,28 @@ SETTINGS: dict[str, list[Setting]] = {
         ),
         Setting({"d": 6, "heads": 2, "gate": "small"}, "small", False, caches=False, hosts="bert vit"),
     ],
+    "conv_adapter": [
+        Setting(identity=False, hosts="conv2d conv2d_reflect convnet"),
+        Setting({"init": "zero_up", "position": "sequential"}, "sequential", True, hosts="conv2d"),
+    ],
+    # batch statistics differ from the running ones that evaluation uses, and what both modes compute is compared
+    "batch_norm": [
+        Setting({"statistics": "running"}, identity=True, hosts="convnet", from_weight=True, stored=2),
+    ],
+    "series_conv": [
+        Setting(
+            {"statistics": "running", "init": "zero"},
+            identity=True,
+            hosts="conv2d conv2d_reflect convnet",
+            adds_biases=True,
+            stored=1.2,
+        ),
+        Setting({"statistics": "running", "skip": "u"}, "u", False, hosts="convnet", adds_biases=True, stored=1.2),
+    ],
+    "parallel_conv": [
+        Setting({"init": "zero"}, identity=True, hosts="conv2d conv2d_reflect convnet", refuses="conv2d_reflect"),
+        Setting({"r": 3}, "low rank", False, hosts="conv2d convnet"),
+    ],
     "phm": [
         Setting({"d": 8}, refuses=NOT_ACTIVATIONS),
         Setting({"d": 8, "position": "sum", "at": "mlp"}, "sum", False, hosts=PRE_NORM),
@@ -352,6 +374,23 @@ SETTINGS: dict[str, list[Setting]] = {
     "invertible": [
         Setting(identity=False, refuses=f"{LAYERS} encoder vit"),
         Setting({"coupling": "glow", "act": "tanh"}, "glow", False, hosts="bert t5 llama gpt2"),
+    ],
+    "read": [
+        Setting({"d": 6}, identity=True, refuses=LAYERS),
+        Setting({"d": 6, "joiner": True, "agg": "last"}, "joiner", True, hosts="bert llama", caches=False),
+        Setting({"d": 6, "cell": "lstm", "start": "embedding"}, "lstm", True, hosts="bert t5"),
+    ],
+    "k_adapter": [
+        Setting(
+            {"states": "0,-1", "d": 8, "depth": 1, "heads": 2, "d_ff": 16, "init_std": 0.2},
+            identity=False,
+            refuses=LAYERS,
+            caches=False,
+        ),
+    ],
+    "s2a_side": [
+        Setting({"r": 4}, identity=True, refuses=f"{LAYERS} llama t5 gpt2"),
+        Setting({"r": 4, "pool": False, "bits": 8}, "tokens", True, hosts="llama t5 vit"),
     ],
     "ladder": [Setting({"r": 3, "drop": 0}, refuses=LAYERS)],
     "generated": [
@@ -445,7 +484,7 @@ def _cases() -> tuple[list[Case], list[Case]]:
     for name in sorted(name for name, made in REGISTRY.items() if not made.mixes):
         for setting in SETTINGS.get(name, [Setting()]):
             for host in HOSTS:
-                if setting.hosts is not None and host.name not in setting.hosts.split():
+                if host.name not in setting.hosts.split() if setting.hosts is not None else host.asked:
                     continue
                 case = Case(name, setting, host)
                 try:
