@@ -319,6 +319,10 @@ SETTINGS: dict[str, list[Setting]] = {
     ],
     "llama_adapter": [Setting({"length": 3}, identity=True, exact=False, refuses=NOT_ATTENTION)],
     "prompt": [Setting({"length": 3}, identity=False, refuses=f"{LAYERS} encoder vit")],
+    "vpt": [
+        Setting({"num_tokens": 3, "dropout": 0.0}, identity=False, refuses=f"{LAYERS} bert llama t5 gpt2"),
+        Setting({"num_tokens": 3, "dropout": 0.0, "deep": False, "project": 5}, "shallow", False, hosts="encoder vit"),
+    ],
     "invertible": [
         Setting(identity=False, refuses=f"{LAYERS} encoder vit"),
         Setting({"coupling": "glow", "act": "tanh"}, "glow", False, hosts="bert t5 llama gpt2"),
