@@ -323,6 +323,10 @@ SETTINGS: dict[str, list[Setting]] = {
         Setting({"num_tokens": 3, "dropout": 0.0}, identity=False, refuses=f"{LAYERS} bert llama t5 gpt2"),
         Setting({"num_tokens": 3, "dropout": 0.0, "deep": False, "project": 5}, "shallow", False, hosts="encoder vit"),
     ],
+    "adalink": [  # where a whole module embeds, a linear one has no weight to fold into
+        Setting({"r": 3}, identity=True, hosts=f"{LAYERS} t5 vit encoder", refuses="encoder"),
+        Setting({"r": 3, "act": "gelu"}, "gelu", True, hosts="linear_wide conv2d bert gpt2 llama"),
+    ],
     "invertible": [
         Setting(identity=False, refuses=f"{LAYERS} encoder vit"),
         Setting({"coupling": "glow", "act": "tanh"}, "glow", False, hosts="bert t5 llama gpt2"),
