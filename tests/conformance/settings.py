@@ -317,6 +317,10 @@ SETTINGS: dict[str, list[Setting]] = {
         Setting({"length": 3, "mid": 8}, identity=False, refuses=NOT_ATTENTION),
         Setting({"length": 3, "reparam": "flat"}, "plain", identity=False, hosts="bert llama t5"),
     ],
+    "laplacian": [
+        Setting({"reduction": 2, "mu0": 2.0}, identity=True, exact=False, refuses=LAYERS),
+        Setting({"reduction": 2, "graph": "bipartite", "train_p": True, "pool": 2}, "bipartite", True, hosts="bert t5"),
+    ],
     "llama_adapter": [Setting({"length": 3}, identity=True, exact=False, refuses=NOT_ATTENTION)],
     "prompt": [Setting({"length": 3}, identity=False, refuses=f"{LAYERS} encoder vit")],
     "vpt": [

@@ -1,9 +1,11 @@
-"""Published recipes made of prefixes."""
+"""Published recipes made of what happens inside attention."""
 
 from __future__ import annotations
 
 from graftwork.core.method import Method, preset
 
+from ..activation.bottleneck import Bottleneck
+from .laplacian import Laplacian
 from .prefix import Prefix
 
 
@@ -26,3 +28,14 @@ def p_tuning_v2(length: int = 8, projection: bool = False, mid: int = 512, dropo
     projection: make the prefix by an MLP.  Liu et al. 2022, section 3; THUDM/P-tuning-v2.
     """
     return [Prefix(length=length, reparam="mlp" if projection else "flat", mid=mid, dropout=dropout)]
+
+
+@preset("p_adapter")
+def p_adapter(p: float = 1.25, mu0: float = 0.1, reduction: int = 8, pool: int | None = None) -> list[Method]:
+    """p-Adapter: message passing along the map of every attention, and an ordinary bottleneck behind every feed-forward layer.
+
+    p: 1.25 for question answering, 1.5 (with mu0=10) for entailment, 1.75 for captions.  reduction: d / m of both.
+    pool: how many averaged keys cross-attention has.
+    Parameters, m = d // reduction: 3 d m + 2 m + d + 1 per attention, 2 d m + m + d per feed-forward layer.  Wu et al. 2024.
+    """
+    return [Laplacian(p=p, mu0=mu0, reduction=reduction, pool=pool), Bottleneck(reduction=reduction, at="mlp")]
