@@ -40,6 +40,7 @@ _HOME = {
     "methods.weight.subspace": "intrinsic_dimension",
     "methods.weight.qlora": "quantisation_errors",
     "schedules.evolution": "evolve",
+    "schedules.rewinding": "Rewinding",
     "objectives.guidance": "guidance",
     "combinators.scores": "grasp_loss synflow_loss",
 }

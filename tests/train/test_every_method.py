@@ -17,7 +17,7 @@ import graftwork.train.run  # noqa: F401  (registers all methods)
 from graftwork.core.method import REGISTRY
 from graftwork.train import DataSettings, FitSettings, TrainSettings, open_trained, train
 
-DECODERS, VISION = {"llama_adapter"}, {"vpt"}  # the others sit on any backbone
+DECODERS, VISION = {"llama_adapter"}, {"vpt", "pruned_vpt"}  # the others sit on any backbone
 # whose file is the adapter of another method, with so many times the parameters that were trained
 STORED = {"corda": ("lora", 2), "loraplus": ("bottleneck", 1)}
 FIT = FitSettings(steps=8, batch=8, lr=5e-3, evaluate_every=4, keep_checkpoints=True)

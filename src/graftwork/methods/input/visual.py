@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,6 @@ from graftwork.core.errors import GraftError
 from graftwork.core.initial import normal, parameter, uniform
 from graftwork.core.plan import first_output, first_tensor, replace_first, replace_output
 from graftwork.core.site import Site
-
-if TYPE_CHECKING:
-    from .vpt import VPT
 
 FAN = 3 * 16 * 16  # numbers in a patch, where nothing embeds patches
 
@@ -72,13 +69,27 @@ class Projection(nn.Module):
 
 
 class VisualPrompt(Delta):
-    """tokens: P where the block's prompts begin.  inserts, cuts: in front of this block, behind it."""
+    """tokens: P where the block's prompts begin, unless blocks share it.  cuts: they end behind this block.
 
-    def __init__(self, method: VPT, site: Site, part: Part, inserts: bool, cuts: bool) -> None:
+    num_tokens: how many there are where others have put them in front of an earlier block.
+    """
+
+    def __init__(
+        self,
+        asked: str,
+        site: Site,
+        part: Part,
+        tokens: Tokens | None,
+        projection: Projection | None = None,
+        *,
+        num_tokens: int,
+        dropout: float,
+        cuts: bool = True,
+        shared: bool = False,
+    ) -> None:
         super().__init__()
-        self.num_tokens, self.dropout, self.inserts, self.cuts = method.num_tokens, method.dropout, inserts, cuts
-        tokens, projection = (method.tokens(site, part), method.projection(site, part)) if inserts else (None, None)
-        self.tokens = None if method.shared else tokens
+        self.num_tokens, self.dropout, self.cuts = num_tokens, dropout, cuts
+        self.tokens = None if shared else tokens
         self._made: tuple[Any, Any] = (tokens, projection)  # in a tuple: what is shared is no part of one delta
         self._windows: tuple[Any, ...] = ()
         if windowed(site.module):
@@ -87,7 +98,7 @@ class VisualPrompt(Delta):
             keys, values = part.inside(site, "k"), part.inside(site, "v")
             if norm is None or len(keys) != 1 or len(values) != 1:
                 found = "its norm or its key and value projections are not known"
-                raise GraftError(f"{method} at {site.key}", found, "choose other layers")
+                raise GraftError(f"{asked} at {site.key}", found, "choose other layers")
             self._windows = (norm, keys[0], values[0])
 
     def rows(self, batch: int) -> Tensor:
@@ -103,14 +114,17 @@ class VisualPrompt(Delta):
         if any(isinstance(v, Tensor | tuple) and v is not x for v in (*args, *kwargs.values())):
             found = "the block is also given a mask or positions of its tokens"
             raise GraftError(f"visual prompts at {self.key}", found, "leave the mask out, or choose other blocks")
-        if self.inserts:  # blocks see no order: behind the first token, which is the class token where there is one
-            longer = torch.cat([x[:, :1], self.rows(x.shape[0]).to(x.dtype).expand(x.shape[0], -1, -1), x[:, 1:]], 1)
-            args, kwargs = replace_first(args, kwargs, x, longer)
+        n = self.num_tokens
+        if self._made[0] is not None:
+            rows = self.rows(x.shape[0]).to(x.dtype).expand(x.shape[0], -1, -1)
+            # blocks see no order: behind the first token, which is the class token where there is one
+            args, kwargs = replace_first(args, kwargs, x, torch.cat([x[:, :1], rows, x[:, 1:]], 1))
+            n = rows.shape[1]
         out = base(*args, **kwargs)
         if not self.cuts:
             return out
         y = first_output(out)
-        shorter = torch.cat([y[:, :1], y[:, 1 + self.num_tokens :]], 1)
+        shorter = torch.cat([y[:, :1], y[:, 1 + n :]], 1)
         return shorter if y is out else replace_output(out, shorter)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attention: Attention) -> Tensor:

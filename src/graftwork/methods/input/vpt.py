@@ -53,9 +53,14 @@ class VPT(Method):
         if not self.deep and windowed(site.module):
             found = f"{type(site.module).__name__} parts its tokens into windows, each with prompts of its own"
             raise GraftError(f"{self} at {site.key}", found, "use deep=True")
-        if not self.deep and site not in (stack[0], stack[-1]):
+        first, last = (True, True) if self.deep else (site is stack[0], site is stack[-1])
+        if not (first or last):
             return None
-        return VisualPrompt(self, site, part, *((True, True) if self.deep else (site is stack[0], site is stack[-1])))
+        made = (self.tokens(site, part), self.projection(site, part)) if first else (None, None)
+        return VisualPrompt(
+            str(self), site, part, *made,
+            num_tokens=self.num_tokens, dropout=self.dropout, cuts=last, shared=self.shared,
+        )  # fmt: skip
 
     def tokens(self, site: Site, part: Part) -> Tokens:
         """P of a block."""
