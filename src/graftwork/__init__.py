@@ -41,6 +41,7 @@ _HOME = {
     "methods.weight.qlora": "quantisation_errors",
     "schedules.evolution": "evolve",
     "schedules.rewinding": "Rewinding",
+    "schedules.spsa": "SPSA",
     "objectives.guidance": "guidance",
     "combinators.scores": "grasp_loss synflow_loss",
 }

@@ -333,6 +333,13 @@ SETTINGS: dict[str, list[Setting]] = {
             {"num_tokens": 3, "segments": 4, "dropout": 0.0}, identity=False, refuses=f"{LAYERS} bert llama t5 gpt2"
         ),
     ],
+    "blackvip": [  # a norm over the batch is another function in training
+        Setting(
+            {"features": 12, "src_dim": 128, "grid": 2, "stages": 2, "encoder": "pixels", "norm": "instance"},
+            identity=False,
+            refuses=f"{LAYERS} encoder bert llama t5 gpt2",
+        ),
+    ],
     "adalink": [  # where a whole module embeds, a linear one has no weight to fold into
         Setting({"r": 3}, identity=True, hosts=f"{LAYERS} t5 vit encoder", refuses="encoder"),
         Setting({"r": 3, "act": "gelu"}, "gelu", True, hosts="linear_wide conv2d bert gpt2 llama"),
