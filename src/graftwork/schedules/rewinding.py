@@ -38,7 +38,7 @@ class Rewinding:
     @property
     def masks(self) -> list[Masks]:
         """Those of each pruned_vpt of the adapter."""
-        return list(dict.fromkeys(prompt._masks[0] for prompt in self.prompts))
+        return list(dict.fromkeys(prompt.masks for prompt in self.prompts))
 
     def measure(
         self,

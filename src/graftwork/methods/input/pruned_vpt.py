@@ -77,19 +77,22 @@ class PrunedPrompt(VisualPrompt):
         self.drop, self.width = method.drop, site.d
         self._masks = (masks,)  # in a tuple: all blocks have the same
 
+    @property
+    def masks(self) -> Masks:
+        """Those of all blocks."""
+        return self._masks[0]
+
     def rows(self, batch: int) -> Tensor:
-        (masks,) = self._masks
-        rows = super().rows(batch) * masks.of_width(self.width)
-        return rows[:, masks.tokens != 0] if self.drop else rows
+        rows = super().rows(batch) * self.masks.of_width(self.width)
+        return rows[:, self.masks.tokens != 0] if self.drop else rows
 
     @property
     def pruned(self) -> int:  # type: ignore[override]
         """How many numbers of P are held at zero."""
-        mask = self._masks[0].of_width(self.width)
+        mask = self.masks.of_width(self.width)
         return 0 if mask.is_meta else int((mask == 0).sum())
 
     @torch.no_grad()
     def settle(self) -> None:
         """What the masks prune becomes zero."""
-        (mask,), (tokens, _) = self._masks, self._made
-        tokens.prompt.mul_(mask.of_width(self.width))
+        self._made[0].prompt.mul_(self.masks.of_width(self.width))
