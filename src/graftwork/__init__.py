@@ -42,6 +42,8 @@ _HOME = {
     "methods.weight.subspace": "intrinsic_dimension",
     "methods.weight.qlora": "quantisation_errors",
     "schedules.evolution": "evolve",
+    "schedules.rewinding": "Rewinding",
+    "schedules.spsa": "SPSA",
     "objectives.guidance": "guidance",
     "combinators.scores": "grasp_loss synflow_loss",
 }

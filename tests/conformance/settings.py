@@ -369,8 +369,33 @@ SETTINGS: dict[str, list[Setting]] = {
         Setting({"length": 3, "mid": 8}, identity=False, refuses=NOT_ATTENTION),
         Setting({"length": 3, "reparam": "flat"}, "plain", identity=False, hosts="bert llama t5"),
     ],
+    "laplacian": [
+        Setting({"reduction": 2, "mu0": 2.0}, identity=True, exact=False, refuses=LAYERS),
+        Setting({"reduction": 2, "graph": "bipartite", "train_p": True, "pool": 2}, "bipartite", True, hosts="bert t5"),
+    ],
+    "kv_prompt": [Setting({"length": 3}, identity=False, refuses=NOT_ATTENTION)],
     "llama_adapter": [Setting({"length": 3}, identity=True, exact=False, refuses=NOT_ATTENTION)],
     "prompt": [Setting({"length": 3}, identity=False, refuses=f"{LAYERS} encoder vit")],
+    "vpt": [
+        Setting({"num_tokens": 3, "dropout": 0.0}, identity=False, refuses=f"{LAYERS} bert llama t5 gpt2"),
+        Setting({"num_tokens": 3, "dropout": 0.0, "deep": False, "project": 5}, "shallow", False, hosts="encoder vit"),
+    ],
+    "pruned_vpt": [
+        Setting(
+            {"num_tokens": 3, "segments": 4, "dropout": 0.0}, identity=False, refuses=f"{LAYERS} bert llama t5 gpt2"
+        ),
+    ],
+    "blackvip": [  # a norm over the batch is another function in training
+        Setting(
+            {"features": 12, "src_dim": 128, "grid": 2, "stages": 2, "encoder": "pixels", "norm": "instance"},
+            identity=False,
+            refuses=f"{LAYERS} encoder bert llama t5 gpt2",
+        ),
+    ],
+    "adalink": [  # where a whole module embeds, a linear one has no weight to fold into
+        Setting({"r": 3}, identity=True, hosts=f"{LAYERS} t5 vit encoder", refuses="encoder"),
+        Setting({"r": 3, "act": "gelu"}, "gelu", True, hosts="linear_wide conv2d bert gpt2 llama"),
+    ],
     "invertible": [
         Setting(identity=False, refuses=f"{LAYERS} encoder vit"),
         Setting({"coupling": "glow", "act": "tanh"}, "glow", False, hosts="bert t5 llama gpt2"),
