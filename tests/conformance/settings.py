@@ -329,12 +329,25 @@ SETTINGS: dict[str, list[Setting]] = {
             {"of": REGISTRY["bottleneck"](d=3), "task_dim": 4, "hidden": 16, "proj": 4}, False, refuses=NOT_ACTIVATIONS
         )
     ],
+    "perft_e": [Setting({"r": 3}, identity=True, hosts="experts")],
     "mixture": [
         # read around the module, its weight is refused with the reason: it differs from token to token
         Setting(
             {"of": REGISTRY["lora"](r=2), "experts": 3},
             hosts=f"linear_square linear_wide conv1d conv2d embedding packed_qkv multihead {MODELS}",
             refuses="conv2d embedding multihead encoder",
+        ),
+        Setting(
+            {"of": REGISTRY["lora"](r=2), "experts": (2, 3), "top_k": 2, "renormalise": True, "balance": 1e-3},
+            "by depth",
+            True,
+            hosts="llama t5",
+        ),
+        Setting(
+            {"of": REGISTRY["bottleneck"](d=4, position="parallel", at="mlp"), "router": "input", "top_k": 2},
+            "input",
+            hosts="t5 vit",
+            thin=("experts",),
         ),
     ],
     "gated": [

@@ -29,6 +29,16 @@ def count(default: int) -> Any:
     return _field(default, lambda v: "" if _whole(v, 0) else "a whole number >= 0")
 
 
+def by_depth(default: int) -> Any:
+    """A whole number >= 1, or a tuple of them, from the lowest layers to the highest."""
+
+    def check(v: Any) -> str:
+        ok = _whole(v, 1) or (isinstance(v, tuple) and v and all(_whole(n, 1) for n in v))
+        return "" if ok else "a whole number >= 1, or some of them, from the lowest layers to the highest"
+
+    return _field(default, check)
+
+
 def number(default: float | None, low: float = float("-inf"), high: float = float("inf")) -> Any:
     """A real number in [low, high] (or None where None is the default)."""
 
