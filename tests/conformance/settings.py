@@ -378,6 +378,24 @@ SETTINGS: dict[str, list[Setting]] = {
         Setting({"of": REGISTRY["lora"](r=2)}, "lora", hosts=MODELS, thin=("0",)),
         Setting({"of": REGISTRY["prefix"](length=2, reparam="mlp", mid=8)}, "prefix", False, hosts="bert", thin=("0",)),
     ],
+    "ortho": [
+        Setting({"of": REGISTRY["bottleneck"](d=5)}, refuses=NOT_ACTIVATIONS),
+        Setting({"of": REGISTRY["bottleneck"](d=5, init="bert"), "mode": "joint"}, "joint", hosts="linear_wide bert"),
+    ],
+    "adamix": [
+        # what no draw has chosen gets no gradient; the objective has two passes, which the suite's own loop does not make
+        Setting(
+            {"of": REGISTRY["bottleneck"](d=5), "copies": 3, "consistency": 0.0},
+            refuses=NOT_ACTIVATIONS,
+            thin=("down", "others"),
+        ),
+        Setting(
+            {"of": REGISTRY["lora"](r=2), "copies": 2, "share": "none", "consistency": 0.0},
+            "lora",
+            hosts="linear_wide conv2d bert",
+            thin=("down", "up", "others"),
+        ),
+    ],
     "sparse": [
         Setting({"of": REGISTRY["bottleneck"](d=6)}, refuses=NOT_ACTIVATIONS),
         Setting({"of": REGISTRY["bottleneck"](d=6, init="houlsby"), "by": "snip"}, "snip", hosts="linear_wide llama"),

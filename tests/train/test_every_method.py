@@ -17,9 +17,9 @@ import graftwork.train.run  # noqa: F401  (registers all methods)
 from graftwork.core.method import REGISTRY
 from graftwork.train import DataSettings, FitSettings, TrainSettings, open_trained, train
 
-DECODERS = {"llama_adapter"}  # the others sit on any backbone
+DECODERS = {"llama_adapter": "llama", "perft_e": "mixtral"}  # the others sit on any backbone
 # whose file is the adapter of another method, with so many times the parameters that were trained
-STORED = {"corda": ("lora", 2), "loraplus": ("bottleneck", 1)}
+STORED = {"corda": ("lora", 2), "loraplus": ("bottleneck", 1), "adamix": ("bottleneck", 1), "ortho": ("bottleneck", 1)}
 FIT = FitSettings(steps=8, batch=8, lr=5e-3, evaluate_every=4, keep_checkpoints=True)
 
 
@@ -46,7 +46,7 @@ def text(name: str) -> str:
 def test_a_method_is_trained_opened_and_resumed(name: str, backbones: Callable[[str], Path], tmp_path: Path) -> None:
     decoder = name in DECODERS
     data = tiny.write_csv(tmp_path / "rows.csv", tiny.alphabets(80) if decoder else tiny.feelings(80))
-    backbone, out = backbones("llama" if decoder else "bert"), tmp_path / "out"
+    backbone, out = backbones(DECODERS.get(name, "bert")), tmp_path / "out"
     job = TrainSettings(str(backbone), str(out), DataSettings(str(data)), text(name), name="it", fit=FIT)
     trained = train(job)
     whole = load_file(out / "adapter.safetensors")

@@ -93,12 +93,12 @@ def where(default: str) -> Any:
     return dataclasses.field(default=default, kw_only=True, metadata={"check": check})
 
 
-def inner(default: str) -> Any:
-    """A method inside a combinator; `default` is the name of a registered method."""
+def inner(default: str, **options: Any) -> Any:
+    """A method inside a combinator; `default` is the name of a registered method, with these options."""
     from .method import Method, get
 
     return dataclasses.field(
-        default_factory=lambda: get(default)(),
+        default_factory=lambda: get(default)(**options),
         metadata={"check": lambda v: "" if isinstance(v, Method) else "a method, such as LoRA(r=4)"},
     )
 

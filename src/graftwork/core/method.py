@@ -29,7 +29,8 @@ class Method:
 
     identity: the grafted model computes exactly what the backbone does before any training.
     mergeable: the delta can be written into the backbone's weights.
-    needs: what must be called around training: "step" (a schedule), "calibrate" (data before training), "begin" (every training pass).
+    needs: what must be called around training: "step" (a schedule), "calibrate" (data before training), "begin" (every training pass),
+        "again" (a term of the loss compares two passes over one batch), "apart" (its auxiliary loss has an optimiser step of its own).
     mixes: it mixes other adapters where these act: its deltas are `Mixer`s, and its options say `of` which (the texts of expressions)
         and whether they are trained with it (`joint`).
     trains: its deltas have parameters.
@@ -80,6 +81,10 @@ class Method:
 
     def begin(self, part: Part) -> None:
         """A moment of training: a pass of the model begins, in training mode and with gradients, and is not compiled."""
+
+    def compare(self, part: Part, one: Tensor, other: Tensor) -> Tensor:
+        """A term of the loss: how far apart the logits [.., classes] of two training passes over one batch are."""
+        raise NotImplementedError(f"{type(self).__name__}.compare")
 
     def step(self, part: Part, progress: float) -> None:
         """A moment of the schedule: after the optimiser's step, gradients still there. progress in [0, 1]."""
