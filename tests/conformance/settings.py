@@ -378,6 +378,22 @@ SETTINGS: dict[str, list[Setting]] = {
         Setting({"of": REGISTRY["lora"](r=2)}, "lora", hosts=MODELS, thin=("0",)),
         Setting({"of": REGISTRY["prefix"](length=2, reparam="mlp", mid=8)}, "prefix", False, hosts="bert", thin=("0",)),
     ],
+    "moa_hetero": [
+        Setting(identity=True, hosts="llama linear_square", refuses="linear_square"),
+        Setting(
+            {
+                "of": [REGISTRY["lora"](r=2, at="self.q, self.v"), REGISTRY["bottleneck"](d=4, at="mlp", init="bert")],
+                "router": "swiglu",
+                "sparse": True,
+                "shifted": True,
+                "max_threshold": 0.8,
+            },
+            "sparse",
+            False,
+            hosts="bert t5",
+            caches=True,
+        ),
+    ],
     "ortho": [
         Setting({"of": REGISTRY["bottleneck"](d=5)}, refuses=NOT_ACTIVATIONS),
         Setting({"of": REGISTRY["bottleneck"](d=5, init="bert"), "mode": "joint"}, "joint", hosts="linear_wide bert"),

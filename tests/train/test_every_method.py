@@ -35,6 +35,10 @@ def text(name: str) -> str:
         return "vblora(vectors=32, length=8)"  # its 256 do not divide the tiny model's widths
     if name == "eigenlorax":
         return "eigenlorax(k=8, extra=4)"
+    if name == "moa_hetero":
+        return (
+            "moa_hetero(of=[lora(at='q, v'), bottleneck(reduction=4, at='mlp')])"  # the published experts want a gate
+        )
     if name == "corda":
         return "corda(r=4, alpha=4)"  # the tiny model's layers have no 128 directions
     needs = [f.name for f in dataclasses.fields(REGISTRY[name]) if f.default is dataclasses.MISSING]

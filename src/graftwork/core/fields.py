@@ -103,6 +103,22 @@ def inner(default: str, **options: Any) -> Any:
     )
 
 
+def inners(default: str) -> Any:
+    """Several methods inside a combinator; `default` is their text."""
+    from .method import Method
+
+    def make() -> tuple[Method, ...]:
+        from .text import parse_methods
+
+        return parse_methods(default)
+
+    def check(v: Any) -> str:
+        ok = isinstance(v, tuple) and v and all(isinstance(m, Method) for m in v)
+        return "" if ok else "a list of methods, such as [LoRA(r=4), Bottleneck()]"
+
+    return dataclasses.field(default_factory=make, metadata={"check": check})
+
+
 def check(method: Any) -> None:
     """GraftError for the first hyper-parameter with a wrong type or range. JSON's lists become tuples, whole floats stay floats."""
     for f in dataclasses.fields(method):

@@ -111,20 +111,29 @@ class Method:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if value != f.default:
-                given.append(f"{f.name}={str(value) if isinstance(value, Method) else repr(value)}")
+                given.append(f"{f.name}={_spoken(value)}")
         return f"{self.name}({', '.join(given)})"
 
     def to_json(self) -> dict[str, Any]:
         """Every hyper-parameter, ready for `from_json`."""
         out: dict[str, Any] = {"method": self.name}
         for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, Method):
-                value = value.to_json()
-            elif callable(value):
-                value = "<callable>"  # the sites themselves are stored beside it
-            out[f.name] = list(value) if isinstance(value, tuple) else value
+            out[f.name] = _stored(getattr(self, f.name))
         return out
+
+
+def _spoken(value: Any) -> str:
+    if isinstance(value, tuple) and any(isinstance(v, Method) for v in value):
+        return f"[{', '.join(map(str, value))}]"
+    return str(value) if isinstance(value, Method) else repr(value)
+
+
+def _stored(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_stored(v) for v in value]
+    if isinstance(value, Method):
+        return value.to_json()
+    return "<callable>" if callable(value) else value  # the sites themselves are stored beside it
 
 
 M = TypeVar("M", bound=type[Method])
@@ -241,6 +250,8 @@ def from_json(data: Mapping[str, Any]) -> Method:
     for key, value in given.items():
         if isinstance(value, Mapping) and "method" in value:
             given[key] = from_json(value)
+        elif isinstance(value, list) and any(isinstance(v, Mapping) for v in value):
+            given[key] = [from_json(v) for v in value]
     made = get(data["method"])(**given)
     if not isinstance(made, Method):
         raise GraftError(
