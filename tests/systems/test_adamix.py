@@ -145,6 +145,27 @@ def test_adamix__checkpointing_runs_with_the_same_draw():
         torch.testing.assert_close(results[1][name], grad)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_adamix__checkpointing_tells_two_passes_apart(reentrant):
+    """Blocks that run again have the draws of their own pass."""
+    results = []
+    for checkpointing in (False, True):
+        model = bert(layers=3)
+        adapter = grafted(model, copies=3, share="none", consistency=2.0)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            if reentrant:
+                model.enable_input_require_grads()
+        model.train()
+        torch.manual_seed(5)
+        out = model(ids(), labels=LABELS)
+        (out.loss + gw.auxiliary_loss(model, out, lambda model=model: model(ids()))).backward()
+        results.append({n: p.grad for n, p in adapter.named_parameters() if p.grad is not None})
+    assert results[0].keys() == results[1].keys()
+    for name, grad in results[0].items():
+        torch.testing.assert_close(results[1][name], grad)
+
+
 # -- 3. consistency
 
 

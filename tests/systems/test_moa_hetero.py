@@ -260,6 +260,15 @@ def test_moa_hetero__two_of_them_stand_in_a_stack():
         torch.testing.assert_close(logits(model), alone, atol=1e-5, rtol=1e-5)
 
 
+def test_moa_hetero__rows_are_refused_by_name():
+    model = llama()
+    for name in "ab":
+        gw.graft(model, gw.MoA(of=SMALL), name, head=False)
+    with pytest.raises(GraftError, match="changes the whole pass"):
+        gw.activate(model, gw.rows(["a", "b"]))
+    assert gw.active(model) == "b"
+
+
 def test_moa_hetero__refusals():
     model = llama()
     with pytest.raises(GraftError, match="merge"):

@@ -60,6 +60,8 @@ def test_mola__one_expert_is_lora():
         model = llama()
         spread(gw.graft(model, method, head=False, seed=0))
         outputs.append(logits(model))
+        gw.merge(model)
+        torch.testing.assert_close(logits(model), outputs[-1], atol=1e-4, rtol=1e-4)
     assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[2])
     assert not torch.equal(outputs[0], logits(llama()))
 
@@ -184,3 +186,15 @@ def test_mola__bad_numbers_of_experts_are_refused(experts):
 def test_mola__experts_by_depth_need_a_depth():
     with pytest.raises(GraftError, match="in no layer"):
         one_linear(experts=(2, 4))
+
+
+def test_mola__rows_of_a_batch_have_their_own():
+    model = llama()
+    for name, std in (("a", 0.2), ("b", 0.4)):
+        spread(gw.graft(model, gw.MoLA(r=2, experts=(2, 3)), name, head=False), std)
+    apart = []
+    for row, name in enumerate("ab"):
+        with gw.using(model, name), torch.no_grad():
+            apart.append(model(ids()[row : row + 1]).logits)
+    with gw.using(model, gw.rows(["a", "b"])), torch.no_grad():
+        torch.testing.assert_close(model(ids()).logits, torch.cat(apart), atol=1e-4, rtol=1e-4)

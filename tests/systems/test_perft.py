@@ -241,6 +241,28 @@ def test_perft__comes_back_from_a_file_and_generates(variant, tmp_path):
         gw.merge(model)
 
 
+@pytest.mark.parametrize("variant", ["R", "D", "S"])
+def test_perft__rows_of_a_batch_have_their_own(variant):
+    model = olmoe()
+    for name, std in (("a", 0.2), ("b", 0.4)):
+        spread(gw.graft(model, gw.PERFT(variant, r=4), name, head=False), std)
+    apart = []
+    for row, name in enumerate("ab"):
+        with gw.using(model, name), torch.no_grad():
+            apart.append(model(ids()[row : row + 1]).logits)
+    with gw.using(model, gw.rows(["a", "b"])), torch.no_grad():
+        torch.testing.assert_close(model(ids()).logits, torch.cat(apart), atol=1e-5, rtol=1e-4)
+
+
+def test_perft__rows_inside_of_experts_are_refused():
+    """There the tokens of all rows are one list."""
+    model = olmoe()
+    for name in "ab":
+        gw.graft(model, gw.PERFTE(r=4), name, head=False)
+    with pytest.raises(GraftError, match="changes the whole pass"):
+        gw.activate(model, gw.rows(["a", "b"]))
+
+
 def test_perft__refusals():
     with pytest.raises(GraftError, match="variant"):
         gw.PERFT("X")

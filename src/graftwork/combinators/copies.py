@@ -19,7 +19,7 @@ from .substituted import Substituted
 class Copies(Substituted):
     """Mixin of the two kinds. delta: the first copy, with what all share; others: the further copies of its tensors `copied`.
 
-    drawn: the copy of the "down" side and that of the "up" side in this pass.
+    drawn: the copy of the "down" side and that of the "up" side in the last pass, None before the first one that trains.
     """
 
     delta: Delta
@@ -45,7 +45,7 @@ class Copies(Substituted):
         return self.delta
 
     def draw(self) -> None:
-        """A training pass begins."""
+        """Choose a copy for each side."""
         down, up = torch.randint(self.copies, (2,), device="cpu").tolist()
         self.drawn = {"down": down, "up": up}
 
@@ -56,6 +56,8 @@ class Copies(Substituted):
 
     def tensors(self) -> dict[str, Tensor]:
         if self.training and self.drawn is not None and self.runtime.open:  # merging is outside of a pass
+            if not torch.compiler.is_compiling():
+                self.draw()  # here, and not when the pass begins: checkpointing gives a block that runs again its own generator's state
             return {name: copies[self.drawn[side_of(name)]] for name, copies in self.every().items()}
         return {name: torch.stack(copies).mean(0) for name, copies in self.every().items()}
 

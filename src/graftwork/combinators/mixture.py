@@ -66,7 +66,8 @@ class Mixture(Around):
     @property
     def mergeable(self) -> bool:  # type: ignore[override]
         """Only a mixture of one."""
-        return self.of.mergeable and self.experts in (1, (1,))
+        numbers = (self.experts,) if isinstance(self.experts, int) else self.experts
+        return self.of.mergeable and set(numbers) == {1}
 
     def build(self, site: Site, part: Part) -> Delta | None:
         first, n = self.of.build(site, part), self.experts_at(site)

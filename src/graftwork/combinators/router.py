@@ -44,14 +44,13 @@ class Router(nn.Module):
             h = h.unflatten(-1, (self.heads, -1))
         logits = F.linear(h.float(), self.weight.float())
         p = logits.softmax(-1)
-        chosen = p.topk(min(self.top_k, p.shape[-1]), dim=-1).indices
+        k = min(self.top_k, p.shape[-1])
         if self.training and (self.balance or self.z_loss):
-            self.loss = self.penalty(logits, p, chosen if self.renormalise else chosen[..., :1])
-        if self.top_k < p.shape[-1]:
-            p = torch.zeros_like(p).scatter(-1, chosen, p.gather(-1, chosen))
-        if self.renormalise:
-            p = p / p.sum(-1, keepdim=True)
-        return p.to(h.dtype)
+            self.loss = self.penalty(logits, p, p.topk(k if self.renormalise else 1, dim=-1).indices)
+        if k < p.shape[-1]:
+            best = p.topk(k, dim=-1)
+            p = torch.zeros_like(p).scatter(-1, best.indices, best.values)
+        return (p / p.sum(-1, keepdim=True) if self.renormalise else p).to(h.dtype)
 
     def penalty(self, logits: Tensor, p: Tensor, chosen: Tensor) -> Tensor:
         """balance E^2 mean_e(f_e P_e) + z_loss mean(logsumexp^2), f the shares of what is chosen, P the mean p."""

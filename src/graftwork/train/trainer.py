@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..core.adapter import Adapter
+from ..core.errors import GraftError
 from ..grafting.moments import auxiliary_loss, step
 from ..store import save
 from .row_tasks import collating, into_context
@@ -41,6 +42,13 @@ class GraftTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)  # what is said during training is up to the caller's callbacks
         self.adapter, self.task = adapter, task
+        twice = next((method for method in adapter.methods if "again" in method.needs), None)
+        if twice is not None and self.args.world_size > 1:
+            found, do = (
+                "two passes of a step, each with other copies in each process",
+                "train in one, or set consistency=0",
+            )
+            raise GraftError(f"train {twice} in {self.args.world_size} processes", found, do)
         self.data_collator = collating(self.data_collator)
         # `compute_loss` scales for accumulation and processes itself, so the Trainer must not
         self.model_accepts_loss_kwargs = True
@@ -108,6 +116,10 @@ class GraftTrainer(Trainer):
                 loss = auxiliary_loss(model, apart=True)
             if isinstance(loss, Tensor):
                 self.accelerator.backward(loss / len(self.samples))
+        if self.args.world_size > 1:  # DDP averages the gradients of its own passes alone
+            for p in self.adapter.parameters():
+                if p.grad is not None and not isinstance(p.grad, DTensor):
+                    p.grad = self.accelerator.reduce(p.grad, "mean")
         optimizer.step()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
