@@ -44,10 +44,8 @@ class GraftTrainer(Trainer):
         self.adapter, self.task = adapter, task
         twice = next((method for method in adapter.methods if "again" in method.needs), None)
         if twice is not None and self.args.world_size > 1:
-            found, do = (
-                "two passes of a step, each with other copies in each process",
-                "train in one, or set consistency=0",
-            )
+            found = "two passes of a step, each with other copies in each process"
+            do = "train in one, or with consistency=0 and ddp_find_unused_parameters=true"
             raise GraftError(f"train {twice} in {self.args.world_size} processes", found, do)
         self.data_collator = collating(self.data_collator)
         # `compute_loss` scales for accumulation and processes itself, so the Trainer must not
