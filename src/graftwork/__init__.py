@@ -35,6 +35,7 @@ _HOME = {
     "values.library": "prototypes clusters",
     "values.neighbours": "neighbours",
     "values.skills": "add_task mean_skill",
+    "values.experts": "add_expert",
     "combinators.generated": "temperature",
     "values.materialise": "materialise",
     "values.recycle": "recycle project",

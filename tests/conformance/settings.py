@@ -423,12 +423,25 @@ SETTINGS: dict[str, list[Setting]] = {
             {"of": REGISTRY["bottleneck"](d=3), "task_dim": 4, "hidden": 16, "proj": 4}, False, refuses=NOT_ACTIVATIONS
         )
     ],
+    "perft_e": [Setting({"r": 3}, identity=True, hosts="experts")],
     "mixture": [
         # read around the module, its weight is refused with the reason: it differs from token to token
         Setting(
             {"of": REGISTRY["lora"](r=2), "experts": 3},
             hosts=f"linear_square linear_wide conv1d conv2d embedding packed_qkv multihead {MODELS}",
             refuses="conv2d embedding multihead encoder",
+        ),
+        Setting(
+            {"of": REGISTRY["lora"](r=2), "experts": (2, 3), "top_k": 2, "renormalise": True, "balance": 1e-3},
+            "by depth",
+            True,
+            hosts="llama t5",
+        ),
+        Setting(
+            {"of": REGISTRY["bottleneck"](d=4, position="parallel", at="mlp"), "router": "input", "top_k": 2},
+            "input",
+            hosts="t5 vit",
+            thin=("experts",),
         ),
     ],
     "gated": [
@@ -469,6 +482,40 @@ SETTINGS: dict[str, list[Setting]] = {
         Setting({"of": REGISTRY["bottleneck"](d=5)}, hosts=MODELS, thin=("0",)),
         Setting({"of": REGISTRY["lora"](r=2)}, "lora", hosts=MODELS, thin=("0",)),
         Setting({"of": REGISTRY["prefix"](length=2, reparam="mlp", mid=8)}, "prefix", False, hosts="bert", thin=("0",)),
+    ],
+    "moa_hetero": [
+        Setting(identity=True, hosts="llama linear_square", refuses="linear_square"),
+        Setting(
+            {
+                "of": [REGISTRY["lora"](r=2, at="self.q, self.v"), REGISTRY["bottleneck"](d=4, at="mlp", init="bert")],
+                "router": "swiglu",
+                "sparse": True,
+                "shifted": True,
+                "max_threshold": 0.8,
+            },
+            "sparse",
+            False,
+            hosts="bert t5",
+            caches=True,
+        ),
+    ],
+    "ortho": [
+        Setting({"of": REGISTRY["bottleneck"](d=5)}, refuses=NOT_ACTIVATIONS),
+        Setting({"of": REGISTRY["bottleneck"](d=5, init="bert"), "mode": "joint"}, "joint", hosts="linear_wide bert"),
+    ],
+    "adamix": [
+        # what no draw has chosen gets no gradient; the objective has two passes, which the suite's own loop does not make
+        Setting(
+            {"of": REGISTRY["bottleneck"](d=5), "copies": 3, "consistency": 0.0},
+            refuses=NOT_ACTIVATIONS,
+            thin=("down", "others"),
+        ),
+        Setting(
+            {"of": REGISTRY["lora"](r=2), "copies": 2, "share": "none", "consistency": 0.0},
+            "lora",
+            hosts="linear_wide conv2d bert",
+            thin=("down", "up", "others"),
+        ),
     ],
     "sparse": [
         Setting({"of": REGISTRY["bottleneck"](d=6)}, refuses=NOT_ACTIVATIONS),

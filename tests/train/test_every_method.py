@@ -18,12 +18,11 @@ from graftwork.core.method import REGISTRY
 from graftwork.train import DataSettings, FitSettings, TrainSettings, open_trained, train
 
 # the others sit on any backbone
-KINDS = {"llama_adapter": "llama"} | dict.fromkeys(
-    ("batch_norm", "conv_adapter", "parallel_conv", "series_conv"), "resnet"
-)
+KINDS = {"llama_adapter": "llama", "perft_e": "mixtral"}
+KINDS |= dict.fromkeys(("batch_norm", "conv_adapter", "parallel_conv", "series_conv"), "resnet")
 KINDS |= dict.fromkeys(("vpt", "pruned_vpt", "blackvip"), "vit")
 # whose file is the adapter of another method, with so many times the parameters that were trained
-STORED = {"corda": ("lora", 2), "loraplus": ("bottleneck", 1), "split_merge": ("bottleneck", 1)}
+STORED = {"corda": ("lora", 2)} | dict.fromkeys(("loraplus", "split_merge", "adamix", "ortho"), ("bottleneck", 1))
 FIT = FitSettings(steps=8, batch=8, lr=5e-3, evaluate_every=4, keep_checkpoints=True)
 
 
@@ -41,6 +40,10 @@ def text(name: str) -> str:
         return "eigenlorax(k=8, extra=4)"
     if name == "k_adapter":
         return "k_adapter(states='0,1', d=8, heads=2, d_ff=16)"  # the tiny model has no block 23
+    if name == "moa_hetero":
+        return (
+            "moa_hetero(of=[lora(at='q, v'), bottleneck(reduction=4, at='mlp')])"  # the published experts want a gate
+        )
     if name == "corda":
         return "corda(r=4, alpha=4)"  # the tiny model's layers have no 128 directions
     if name == "blackvip":
@@ -53,7 +56,7 @@ def text(name: str) -> str:
 @pytest.mark.parametrize("name", sorted(name for name, made in REGISTRY.items() if not made.mixes))
 def test_a_method_is_trained_opened_and_resumed(name: str, backbones: Callable[[str], Path], tmp_path: Path) -> None:
     kind = KINDS.get(name, "bert")
-    made = {"llama": tiny.alphabets, "resnet": tiny.pictures, "bert": tiny.feelings}
+    made = {"llama": tiny.alphabets, "resnet": tiny.pictures, "mixtral": tiny.alphabets, "bert": tiny.feelings}
     rows = [] if kind == "vit" else made[kind](80)
     data = "digits" if kind == "vit" else str(tiny.write_jsonl(tmp_path / "rows.jsonl", rows))
     backbone, out = backbones(kind), tmp_path / "out"

@@ -52,7 +52,7 @@ def tokenizer(kind: str) -> PreTrainedTokenizerFast:
 
 
 def backbone(kind: str, folder: Path, chat: str | None = None, **config: Any) -> Path:
-    """Write a tiny random model of a kind (bert, llama, t5, vit, resnet) with its tokenizer to a folder."""
+    """Write a tiny random model of a kind (bert, llama, mixtral, t5, vit, resnet) with its tokenizer to a folder."""
     torch.manual_seed(0)
     vocabulary = len(WORDS) + 6
     if kind == "bert":
@@ -69,8 +69,9 @@ def backbone(kind: str, folder: Path, chat: str | None = None, **config: Any) ->
         model: Any = transformers.BertForMaskedLM(made)
         with torch.no_grad():  # words count for more than places, as in a trained model
             model.bert.embeddings.position_embeddings.weight.mul_(0.2)
-    elif kind == "llama":
-        made = transformers.LlamaConfig(
+    elif kind in ("llama", "mixtral"):
+        kinds = {"llama": transformers.LlamaConfig, "mixtral": transformers.MixtralConfig}
+        made = kinds[kind](
             vocab_size=vocabulary,
             hidden_size=32,
             num_hidden_layers=2,
@@ -84,7 +85,7 @@ def backbone(kind: str, folder: Path, chat: str | None = None, **config: Any) ->
             initializer_range=0.2,
             **config,
         )
-        model = transformers.LlamaForCausalLM(made)
+        model = transformers.AutoModelForCausalLM.from_config(made)
     elif kind == "t5":
         made = transformers.T5Config(
             vocab_size=vocabulary,
@@ -117,7 +118,7 @@ def backbone(kind: str, folder: Path, chat: str | None = None, **config: Any) ->
 
         ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder)
     else:
-        words = tokenizer({"bert": "bert", "llama": "plain", "t5": "end"}[kind])
+        words = tokenizer({"bert": "bert", "llama": "plain", "mixtral": "plain", "t5": "end"}[kind])
         words.chat_template = chat
         words.save_pretrained(folder)
     return folder
