@@ -11,7 +11,8 @@ from graftwork.core.site import Site
 
 
 class Around(Method):
-    """A method around another one, `of`: where it says nothing else it starts, merges and counts as that does, and sits where that would.
+    """A method around another one, `of`: where it says nothing else it starts, learns, merges and counts as that does, and sits
+    where that would.
 
     A subclass is a dataclass with the field `of`.  meets_needs: it hands the moments of the loop on, so that the method inside may have
     `needs`; otherwise such a one is a GraftError.
@@ -36,6 +37,11 @@ class Around(Method):
     def mergeable(self) -> bool:  # type: ignore[override]
         """As the method inside."""
         return self.of.mergeable
+
+    @property
+    def lr(self) -> float:  # type: ignore[override]
+        """As the method inside."""
+        return self.of.lr
 
     def count(self, site: Site) -> int:
         return self.of.count(site)
