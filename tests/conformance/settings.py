@@ -365,6 +365,10 @@ SETTINGS: dict[str, list[Setting]] = {
         Setting({"of": REGISTRY["lora"](r=2)}, "lora", hosts=MODELS, thin=("0",)),
         Setting({"of": REGISTRY["prefix"](length=2, reparam="mlp", mid=8)}, "prefix", False, hosts="bert", thin=("0",)),
     ],
+    "quantised": [
+        Setting({"of": REGISTRY["lora"](r=3)}, identity=False, refuses=""),
+        Setting({"of": REGISTRY["bottleneck"](d=6), "bits": 2}, "bottleneck", False, hosts="linear_wide bert llama"),
+    ],
     "sparse": [
         Setting({"of": REGISTRY["bottleneck"](d=6)}, refuses=NOT_ACTIVATIONS),
         Setting({"of": REGISTRY["bottleneck"](d=6, init="houlsby"), "by": "snip"}, "snip", hosts="linear_wide llama"),
