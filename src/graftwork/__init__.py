@@ -41,6 +41,7 @@ _HOME = {
     "methods.weight.qlora": "quantisation_errors",
     "schedules.evolution": "evolve",
     "objectives.guidance": "guidance",
+    "objectives.complete": "complete_loss",
     "combinators.scores": "grasp_loss synflow_loss",
 }
 _NAMES = {name: home for home, names in _HOME.items() for name in names.split()}

@@ -359,6 +359,11 @@ SETTINGS: dict[str, list[Setting]] = {
             {"of": REGISTRY["prefix"](length=3, reparam="mlp", mid=8)}, "mlp", False, caches=False, hosts="bert llama"
         ),
     ],
+    "dyt": [
+        # without draws: what a training pass computes is compared with another one
+        Setting({"d": 5, "dropout": 0.0, "stochastic": False}, identity=False, refuses=f"{LAYERS} encoder bert"),
+        Setting({"d": 5, "dropout": 0.0, "stochastic": False, "keep": 0}, "all", False, hosts="vit llama"),
+    ],
     "adapter_drop": [
         # of two layers the first has none in half of the passes
         Setting({"of": REGISTRY["bottleneck"](d=5)}, hosts=MODELS, thin=("0",)),

@@ -31,6 +31,7 @@ class Runtime:
     rows: which adapter each row has, while `rows(...)` is active;  stacks: tensors of many adapters as one, kept for the next `rows`;
     by_rows: modules, by path, that are known to have the batch along axis 0, and whether several entries there belong to one row.
     branches: what each of several expressions side by side needs, while `a | b` is active.
+    parts: what takes, from states [batch, ..., d] of all tokens, those of the tokens that a module now runs for (`run_part`).
     generating: inside `model.generate`, where a row of the batch may have become several.
     watching: is told, for a site's key, which members are mixed there and by which weights, inside of `gw.mixing_weights`.
     """
@@ -47,6 +48,7 @@ class Runtime:
         self.branches: Branches | None = None
         self.stacks: dict[Any, Any] = {}
         self.by_rows: dict[str, bool] = {}
+        self.parts: tuple[Callable[[Tensor], Tensor], ...] = ()
         self.generating = 0
         self.watching: Callable[[str, tuple[int, ...], Tensor], None] | None = None
 
@@ -59,6 +61,7 @@ class Runtime:
             "past": 0,
             "draw": 0.0,
             "stacks": {},
+            "parts": (),
             "generating": 0,
             "watching": None,
         }
@@ -75,6 +78,20 @@ class Runtime:
             yield
         finally:
             self.generating -= 1
+
+    def run_part(self, take: Callable[[Tensor], Tensor], call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """call(*args, **kwargs), a module given some tokens alone; deltas inside that read states of all tokens get take(states)."""
+        before, self.parts = self.parts, (*self.parts, take)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self.parts = before
+
+    def part(self, states: Tensor, depth: int) -> Tensor:
+        """States that were captured where `depth` of the parts had been taken, for the tokens of now."""
+        for take in self.parts[depth:]:
+            states = take(states)
+        return states
 
     @property
     def open(self) -> bool:
