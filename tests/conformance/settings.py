@@ -359,6 +359,18 @@ SETTINGS: dict[str, list[Setting]] = {
             {"of": REGISTRY["prefix"](length=3, reparam="mlp", mid=8)}, "mlp", False, caches=False, hosts="bert llama"
         ),
     ],
+    "das": [
+        # one of two blocks is left out: what stands in for the other has no part in a pass, nor have the adapters in this one
+        Setting(
+            {"k": 1, "skip_width": 4, "adapter_width": 5, "turns": 2},
+            identity=False,
+            hosts="encoder bert llama gpt2 vit",
+            stored=3,
+            thin=("",),
+        ),
+        Setting({"skip_width": 4, "adapter_width": 5, "blocks": ("1",)}, "known", False, hosts="packed_qkv llama vit"),
+        Setting({"skip_width": 4, "adapter_width": 5, "blocks": ("decoder.1",)}, "tower", False, hosts="t5"),
+    ],
     "dyt": [
         # without draws: what a training pass computes is compared with another one
         Setting({"d": 5, "dropout": 0.0, "stochastic": False}, identity=False, refuses=f"{LAYERS} encoder bert"),

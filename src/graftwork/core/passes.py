@@ -32,6 +32,7 @@ class Runtime:
     by_rows: modules, by path, that are known to have the batch along axis 0, and whether several entries there belong to one row.
     branches: what each of several expressions side by side needs, while `a | b` is active.
     parts: what takes, from states [batch, ..., d] of all tokens, those of the tokens that a module now runs for (`run_part`).
+    left_out: paths of modules that were not called on purpose: the adapters below them are not missed.
     generating: inside `model.generate`, where a row of the batch may have become several.
     watching: is told, for a site's key, which members are mixed there and by which weights, inside of `gw.mixing_weights`.
     """
@@ -49,6 +50,7 @@ class Runtime:
         self.stacks: dict[Any, Any] = {}
         self.by_rows: dict[str, bool] = {}
         self.parts: tuple[Callable[[Tensor], Tensor], ...] = ()
+        self.left_out: set[str] = set()
         self.generating = 0
         self.watching: Callable[[str, tuple[int, ...], Tensor], None] | None = None
 
@@ -62,6 +64,7 @@ class Runtime:
             "draw": 0.0,
             "stacks": {},
             "parts": (),
+            "left_out": set(),
             "generating": 0,
             "watching": None,
         }
@@ -102,7 +105,7 @@ class Runtime:
 
     def begin(self, mask: Tensor | None, cache: Any = None, training: bool = False) -> None:
         """The model itself was called: a fresh pass. cache: its `past_key_values`."""
-        self.state = {}
+        self.state, self.left_out = {}, set()
         self.past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
         if self.draws and training:
             self.draw = float(torch.rand(()))
