@@ -359,6 +359,24 @@ SETTINGS: dict[str, list[Setting]] = {
             {"of": REGISTRY["prefix"](length=3, reparam="mlp", mid=8)}, "mlp", False, caches=False, hosts="bert llama"
         ),
     ],
+    "coda": [
+        Setting(
+            {"m": 4, "eps": 1.0, "reduction": 1.5},
+            identity=False,
+            hosts="packed_qkv encoder bert llama vit",
+            refuses="packed_qkv",
+            caches=False,
+            thin=("layer.1:block/weight",),  # where the first token is not among the chosen
+        ),
+        Setting(
+            {"m": 4, "eps": 1.0, "reduction": 2.0, "attention": "k-to-k", "solver": "exact"},
+            "k-to-k",
+            False,
+            hosts="bert gpt2",
+            caches=False,
+        ),
+        Setting({"m": 4, "eps": 1.0, "reduction": 1.5}, "encoder", False, hosts="t5"),
+    ],
     "das": [
         # one of two blocks is left out: what stands in for the other has no part in a pass, nor have the adapters in this one
         Setting(
