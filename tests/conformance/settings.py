@@ -361,7 +361,7 @@ SETTINGS: dict[str, list[Setting]] = {
     ],
     "coda": [
         Setting(
-            {"m": 4, "eps": 1.0, "reduction": 1.5},
+            {"m": 12, "eps": 1.0, "reduction": 1.5},
             identity=False,
             hosts="packed_qkv encoder bert llama vit",
             refuses="packed_qkv",
@@ -369,13 +369,13 @@ SETTINGS: dict[str, list[Setting]] = {
             thin=("layer.1:block/weight",),  # where the first token is not among the chosen
         ),
         Setting(
-            {"m": 4, "eps": 1.0, "reduction": 2.0, "attention": "k-to-k", "solver": "exact"},
+            {"m": 12, "eps": 1.0, "reduction": 2.0, "attention": "k-to-k", "solver": "exact"},
             "k-to-k",
             False,
             hosts="bert gpt2",
             caches=False,
         ),
-        Setting({"m": 4, "eps": 1.0, "reduction": 1.5}, "encoder", False, hosts="t5"),
+        Setting({"m": 12, "eps": 1.0, "reduction": 1.5}, "encoder", False, hosts="t5"),
     ],
     "das": [
         # one of two blocks is left out: what stands in for the other has no part in a pass, nor have the adapters in this one

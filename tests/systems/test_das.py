@@ -264,6 +264,15 @@ def test_das__bad_input_is_refused(make, options, what):
     assert not gw.adapters(model)
 
 
+def test_das__a_search_that_never_runs_says_so(monkeypatch):
+    monkeypatch.setattr("graftwork.methods.block.das.PATIENCE", 3)
+    model, _ = adapted(k=1)
+    model.train()
+    with pytest.warns(UserWarning, match=r"gw\.calibrate"):
+        for _ in range(3):
+            model(images())
+
+
 def test_das__rewards_are_exponentials_of_mean_losses():
     found = search(4, k=1, eta=2.0, turns=3)
     found.next_trial()

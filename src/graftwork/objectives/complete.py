@@ -1,6 +1,6 @@
 """Self-distillation from the complete model: the second half of the loss of a model that leaves out some of its work.
 
-Zhao et al. 2024, "Dynamic Tuning Towards Parameter and Inference Efficiency for ViT Adaptation", section 3.4;
+Zhao et al. 2024, "Dynamic Tuning Towards Parameter and Inference Efficiency for ViT Adaptation", section 3;
 NUS-HPC-AI-Lab/Dynamic-Tuning, engine_finetune.py.
 """
 

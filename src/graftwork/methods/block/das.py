@@ -7,6 +7,7 @@ and DoubtedSteam/DAS.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ from graftwork.core.site import Site
 from ..activation.bottleneck import Bottleneck
 from .search import Search, block_name, candidates
 from .skipped import Skipped
+
+PATIENCE = 1000  # training passes without a turn, before a warning
 
 
 @method("das")
@@ -43,7 +46,7 @@ class DAS(Method):
     A block whose parameters are those of another and more (T5's first: the position bias of all) always runs.
     Not the identity at init: k blocks are left out.  Raises GraftError where k is not below n, or blocks are convolutions.
     Parameters: n - k times (two adapters, 2 d adapter_width + adapter_width + d each), and k times 2 d skip_width + skip_width + 3 d.
-    Source: sections 3.2 and 3.3, algorithm 1.
+    Source: section 3, and the released code.
     """
 
     k: int = positive(4)
@@ -101,8 +104,12 @@ class DAS(Method):
         return sum(self.instead.count(s) if s.role == "block" else -self.inside.count(s) for s in there)
 
     def begin(self, part: Part) -> None:
+        search = self._search(part)
         if not self.blocks:
-            self._search(part).draw()
+            search.draw()
+        if search.passes == PATIENCE and not int(search.turns):
+            do = "call gw.calibrate(model, [batch]) every few steps, or give `blocks`"
+            warnings.warn(f"{PATIENCE} training passes of {self.name} without a turn of its search: {do}", stacklevel=2)
 
     def calibrating(self, part: Part) -> None:
         self._search(part).next_trial()

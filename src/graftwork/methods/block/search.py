@@ -65,6 +65,7 @@ class Search(nn.Module):
         self._trials: list[list[int]] = []
         self._rewards: list[float] = []
         self.losses: list[Tensor] = []
+        self.passes = 0  # drawn for
         self.refresh()
 
     def hold(self, delta: Delta, name: str) -> None:
@@ -98,7 +99,7 @@ class Search(nn.Module):
     def draw(self) -> None:
         """A training pass begins."""
         if not self._trials and not bool(self.settled):
-            self._drawn = self._named(self._subset())
+            self._drawn, self.passes = self._named(self._subset()), self.passes + 1
 
     def next_trial(self) -> None:
         """The next subset of a turn, or the first of a new one."""
