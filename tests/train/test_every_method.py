@@ -17,7 +17,7 @@ import graftwork.train.run  # noqa: F401  (registers all methods)
 from graftwork.core.method import REGISTRY
 from graftwork.train import DataSettings, FitSettings, TrainSettings, open_trained, train
 
-DECODERS = {"llama_adapter"}  # the others sit on any backbone
+DECODERS = {"llama_adapter", "dyt"}  # the others sit on any backbone
 # whose file is the adapter of another method, with so many times the parameters that were trained
 STORED = {"corda": ("lora", 2), "loraplus": ("bottleneck", 1)}
 FIT = FitSettings(steps=8, batch=8, lr=5e-3, evaluate_every=4, keep_checkpoints=True)
@@ -37,6 +37,8 @@ def text(name: str) -> str:
         return "eigenlorax(k=8, extra=4)"
     if name == "corda":
         return "corda(r=4, alpha=4)"  # the tiny model's layers have no 128 directions
+    if name == "das":
+        return "das(k=1, turns=2, per_call=2)"  # the tiny model has two blocks
     needs = [f.name for f in dataclasses.fields(REGISTRY[name]) if f.default is dataclasses.MISSING]
     return f"{name}({', '.join(f'{option}=bottleneck(reduction=4)' for option in needs)})"
 
