@@ -46,6 +46,7 @@ _HOME = {
     "schedules.rewinding": "Rewinding",
     "schedules.spsa": "SPSA",
     "objectives.guidance": "guidance",
+    "objectives.complete": "complete_loss",
     "combinators.scores": "grasp_loss synflow_loss",
 }
 _NAMES = {name: home for home, names in _HOME.items() for name in names.split()}

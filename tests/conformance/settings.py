@@ -477,6 +477,41 @@ SETTINGS: dict[str, list[Setting]] = {
         ),
         Setting({"of": REGISTRY["lora"](r=2), "share": "none"}, "lora", hosts="bert", thin=("values",)),
     ],
+    "coda": [
+        Setting(
+            {"m": 12, "eps": 1.0, "reduction": 1.5},
+            identity=False,
+            hosts="packed_qkv encoder bert llama vit",
+            refuses="packed_qkv",
+            caches=False,
+            thin=("layer.1:block/weight",),  # where the first token is not among the chosen
+        ),
+        Setting(
+            {"m": 12, "eps": 1.0, "reduction": 2.0, "attention": "k-to-k", "solver": "exact"},
+            "k-to-k",
+            False,
+            hosts="bert gpt2",
+            caches=False,
+        ),
+        Setting({"m": 12, "eps": 1.0, "reduction": 1.5}, "encoder", False, hosts="t5"),
+    ],
+    "das": [
+        # one of two blocks is left out: what stands in for the other has no part in a pass, nor have the adapters in this one
+        Setting(
+            {"k": 1, "skip_width": 4, "adapter_width": 5, "turns": 2},
+            identity=False,
+            hosts="encoder bert llama gpt2 vit",
+            stored=3,
+            thin=("",),
+        ),
+        Setting({"skip_width": 4, "adapter_width": 5, "blocks": ("1",)}, "known", False, hosts="packed_qkv llama vit"),
+        Setting({"skip_width": 4, "adapter_width": 5, "blocks": ("decoder.1",)}, "tower", False, hosts="t5"),
+    ],
+    "dyt": [
+        # without draws: what a training pass computes is compared with another one
+        Setting({"d": 5, "dropout": 0.0, "stochastic": False}, identity=False, refuses=f"{LAYERS} encoder bert"),
+        Setting({"d": 5, "dropout": 0.0, "stochastic": False, "keep": 0}, "all", False, hosts="vit llama"),
+    ],
     "adapter_drop": [
         # of two layers the first has none in half of the passes
         Setting({"of": REGISTRY["bottleneck"](d=5)}, hosts=MODELS, thin=("0",)),
@@ -516,6 +551,10 @@ SETTINGS: dict[str, list[Setting]] = {
             hosts="linear_wide conv2d bert",
             thin=("down", "up", "others"),
         ),
+    ],
+    "quantised": [
+        Setting({"of": REGISTRY["lora"](r=3)}, identity=False, refuses=""),
+        Setting({"of": REGISTRY["bottleneck"](d=6), "bits": 2}, "bottleneck", False, hosts="linear_wide bert llama"),
     ],
     "sparse": [
         Setting({"of": REGISTRY["bottleneck"](d=6)}, refuses=NOT_ACTIVATIONS),

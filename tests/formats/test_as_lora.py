@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import graftwork as gw
-from graftwork.core.spectrum import of_matrix
 from graftwork.formats import plain_lora
 from graftwork.grafting.root import is_grafted
+from graftwork.products.spectrum import of_matrix
 
 from .peers import model, outputs, perturb, read_by_peer
 

@@ -18,7 +18,7 @@ from graftwork.core.method import REGISTRY
 from graftwork.train import DataSettings, FitSettings, TrainSettings, open_trained, train
 
 # the others sit on any backbone
-KINDS = {"llama_adapter": "llama", "perft_e": "mixtral"}
+KINDS = {"llama_adapter": "llama", "dyt": "llama", "perft_e": "mixtral"}
 KINDS |= dict.fromkeys(("batch_norm", "conv_adapter", "parallel_conv", "series_conv"), "resnet")
 KINDS |= dict.fromkeys(("vpt", "pruned_vpt", "blackvip"), "vit")
 # whose file is the adapter of another method, with so many times the parameters that were trained
@@ -48,6 +48,8 @@ def text(name: str) -> str:
         return "corda(r=4, alpha=4)"  # the tiny model's layers have no 128 directions
     if name == "blackvip":
         return "blackvip(features=12, src_dim=32, grid=1, stages=3, encoder='pixels')"  # images of 8 pixels
+    if name == "das":
+        return "das(k=1, turns=2, per_call=2)"  # the tiny model has two blocks
     needs = [f.name for f in dataclasses.fields(REGISTRY[name]) if f.default is dataclasses.MISSING]
     return f"{name}({', '.join(f'{option}=bottleneck(reduction=4)' for option in needs)})"
 

@@ -33,6 +33,8 @@ class Runtime:
     rows: which adapter each row has, while `rows(...)` is active;  stacks: tensors of many adapters as one, kept for the next `rows`;
     by_rows: modules, by path, that are known to have the batch along axis 0, and whether several entries there belong to one row.
     branches: what each of several expressions side by side needs, while `a | b` is active.
+    parts: what takes, from states [batch, ..., d] of all tokens, those of the tokens that a module now runs for (`run_part`).
+    left_out: paths of modules that were not called on purpose: the adapters below them are not missed.
     generating: inside `model.generate`, where a row of the batch may have become several.
     watching: is told, for a site's key, which members are mixed there and by which weights, inside of `gw.mixing_weights`.
     """
@@ -49,6 +51,8 @@ class Runtime:
         self.branches: Branches | None = None
         self.stacks: dict[Any, Any] = {}
         self.by_rows: dict[str, bool] = {}
+        self.parts: tuple[Callable[[Tensor], Tensor], ...] = ()
+        self.left_out: set[str] = set()
         self.generating = 0
         self.watching: Callable[[str, tuple[int, ...], Tensor], None] | None = None
 
@@ -61,6 +65,8 @@ class Runtime:
             "past": 0,
             "draw": 0.0,
             "stacks": {},
+            "parts": (),
+            "left_out": set(),
             "generating": 0,
             "watching": None,
         }
@@ -78,6 +84,20 @@ class Runtime:
         finally:
             self.generating -= 1
 
+    def run_part(self, take: Callable[[Tensor], Tensor], call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """call(*args, **kwargs), a module given some tokens alone; deltas inside that read states of all tokens get take(states)."""
+        before, self.parts = self.parts, (*self.parts, take)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self.parts = before
+
+    def part(self, states: Tensor, depth: int) -> Tensor:
+        """States that were captured where `depth` of the parts had been taken, for the tokens of now."""
+        for take in self.parts[depth:]:
+            states = take(states)
+        return states
+
     @property
     def open(self) -> bool:
         """Whether a pass is open, or a backward pass is running a checkpointed block again."""
@@ -87,7 +107,7 @@ class Runtime:
 
     def begin(self, mask: Tensor | None, cache: Any = None, training: bool = False) -> None:
         """The model itself was called: a fresh pass. cache: its `past_key_values`."""
-        self.state = {}
+        self.state, self.left_out = {}, set()
         self.past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
         if self.draws and training:
             self.draw = float(torch.rand(()))

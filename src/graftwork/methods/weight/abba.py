@@ -14,7 +14,7 @@ from graftwork.core.fields import choice, fraction, number, rank, where
 from graftwork.core.initial import kaiming_uniform, made, zeros
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
-from graftwork.core.spectrum import leading
+from graftwork.products.spectrum import leading
 
 from .hadamard import Hadamard
 
