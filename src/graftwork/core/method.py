@@ -36,6 +36,8 @@ class Method:
     replaces: its deltas hold values that stand in the place of the module's own (a head): these are one task's, and are not mixed.
     mixes_tasks: it learns something for each of its `tasks`, and the rows of one batch may have different ones.
     layered: its sites stand in layers, among which `layers` chooses.
+    size: the hyper-parameters that a budget of parameters decides, in proportion where they are several; () where it is the first
+        number that `count` depends on.
     """
 
     name: ClassVar[str] = ""
@@ -47,6 +49,7 @@ class Method:
     replaces: ClassVar[bool] = False
     mixes_tasks: ClassVar[bool] = False
     layered: ClassVar[bool] = True
+    sized_by: ClassVar[tuple[str, ...]] = ()
 
     at: str = dataclasses.field(default="", kw_only=True)
     layers: str | None = dataclasses.field(default=None, kw_only=True)
