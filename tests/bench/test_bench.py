@@ -159,6 +159,14 @@ def test_a_dry_run_lists_runs_with_sizes_and_trains_nothing(
     assert not (tmp_path / "out" / FILE).exists()
 
 
+def test_help_says_every_option_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "--help"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and "(default: 0.5%)" in said
+    assert all(flag(field.name) in said for field in dataclasses.fields(BenchSettings))
+
+
 def test_a_budget_that_a_named_method_cannot_meet_is_an_error(
     bert: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

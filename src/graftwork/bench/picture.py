@@ -85,7 +85,10 @@ def _panel(axes: Any, task: Task, shown: Sequence[Cell], costs: Sequence[float])
         axes.set_xscale("log")
     elif costs and max(costs) > 1000 and min(costs) == 0:
         above = min(cost for cost in costs if cost > 0)
-        axes.set_xscale("symlog", linthresh=10 ** math.floor(math.log10(above)), linscale=0.4)
+        decade = math.floor(math.log10(above))
+        axes.set_xscale("symlog", linthresh=10**decade, linscale=0.4)
+        ticks = [0, *(10**i for i in range(decade, math.ceil(math.log10(max(costs)))))]
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.margins(x=0.12)
     if shown:  # of two seeds an interval may be wider than all scores together: it is cut
         means = [cell.mean for cell in shown]

@@ -33,12 +33,14 @@ class BenchSettings:
         'methods as text, joined with commas, or "all": every one that is trained by itself and fits',
         default="all",
         check=given,
+        metavar="METHODS",
     )
     budget: str = option(
         "parameters that each method may train beside the head: a share of the backbone (0.5%), a number, or none for sizes as the "
         "texts say",
         default="0.5%",
         check=given,
+        metavar="SHARE|NUMBER",
     )
     seeds: int = option("runs of each method and task, at its best learning rate", default=3, check=at_least(1))
     lrs: str = option(
