@@ -192,6 +192,15 @@ def test_what_mixes_adapters_cannot_be_named(bert: Path, data: Path, tmp_path: P
         plan(settings(bert, data, tmp_path / "out", methods="fusion(of=['a', 'b'])"))
 
 
+def test_a_plugins_method_is_known_in_the_runs_own_process(bert: Path, data: Path, tmp_path: Path) -> None:
+    plugin = Path(__file__).parents[2] / "examples" / "your_own_method.py"
+    s = settings(bert, data, tmp_path / "out", methods="gain", seeds=1, steps=2, test_rows=4)
+    command = [sys.executable, "-m", "graftwork.cli", "--plugin", str(plugin), *command_of(s)]
+    assert subprocess.run(command).returncode == 0
+    [row] = SQLite(tmp_path / "out" / FILE, 60).rows()
+    assert row.state == DONE, row.result
+
+
 def test_a_run_that_is_ended_by_the_system_is_a_row(tmp_path: Path) -> None:
     from graftwork.bench.work import _result
 

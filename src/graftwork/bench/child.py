@@ -16,6 +16,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..core.errors import GraftError
+from ..train import plugins
 from ..train.run import train
 from ..train.settings import DataSettings, FitSettings, TrainSettings
 
@@ -82,10 +83,12 @@ def job(
 ) -> dict[str, Any]:
     """What `run` is told, as JSON."""
     told = {"backbone": backbone, "out": str(out), "metric": metric, "method": method, "result": str(result)}
-    return {**told, "data": dataclasses.asdict(data), "fit": dataclasses.asdict(fit)}
+    return {**told, "plugins": plugins.RAN, "data": dataclasses.asdict(data), "fit": dataclasses.asdict(fit)}
 
 
 if __name__ == "__main__":
     told = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    for plugin in told["plugins"]:
+        plugins.run(plugin)
     done = run(told)
     Path(told["result"]).write_text(json.dumps(done), encoding="utf-8")

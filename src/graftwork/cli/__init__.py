@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_intermixed_args(given[1:])  # texts may stand behind options
     try:
         for plugin in plugins:
-            importlib.import_module(".plugins", __name__).run(plugin)
+            importlib.import_module("graftwork.train.plugins").run(plugin)
         return int(module.run(parsed) or 0)
     except GraftError as error:
         print(f"graftwork {name}: {error}", file=sys.stderr)
