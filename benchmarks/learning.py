@@ -1,10 +1,12 @@
 """Does every method learn? 2,000 sentences of SST-2 on MiniLM, one pass, tested on all 1,821; each method at its default settings.
 
-    python benchmarks/learning.py --work runs/learning                      # all that are registered, three seeds; goes on where it stopped
-    python benchmarks/learning.py --work runs/learning lora dora "ia3 + bitfit"   # these
-    python benchmarks/learning.py --work runs/learning --write docs/learning.md   # the table of what is there
+    python benchmarks/learning.py                       # all that are registered, three seeds; goes on where docs/learning.jsonl stops
+    python benchmarks/learning.py lora "prefix @ 0.02"  # these; after an @ another value of the method's `lr`, to find a default
+    python benchmarks/learning.py --write               # the tables of docs/learning.md from what docs/learning.jsonl holds
 
-Each run is `graftwork train` in a process of its own. The linear probe (a head on the frozen model) has the best of three learning rates.
+Each run is graftwork's own `train`, in a process of its own on one thread, in bfloat16; then the adapter's file is loaded again and tested.
+Learning rates are chosen on the 872 sentences of the dev split, never on the test. The linear probe (a head on the frozen model) has the
+best of several learning rates.
 """
 
 from __future__ import annotations
@@ -12,12 +14,16 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import multiprocessing
 import os
 import random
+import resource
 import statistics
-import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -28,108 +34,129 @@ import graftwork as gw
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from minilm import folder as backbone
 
-ROWS, SEEDS, POINTS = 2000, (0, 1, 2), 2.0  # POINTS: of accuracy above the linear probe
-PROBE = {f"full(at='head'), lr {lr}": ("full(at='head')", lr) for lr in (5e-4, 2e-3, 1e-2)}
-NOT_ALONE = {"full", "invertible", "generated", "mixture", "sparse", "gated"}  # a head alone, or needs another method
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE, LOG = DOCS / "learning.md", DOCS / "learning.jsonl"
+ROWS, SEEDS, POINTS = 2000, 3, 2.0  # POINTS: of accuracy above the linear probe
+PROBE = [("full(at='head')", lr) for lr in (0.01, 0.03, 0.1)]
+NOT_ALONE = {"full", "invertible", "generated", "mixture", "sparse", "gated", "adapter_drop"}  # need another method
 
 
-def rows_of(work: Path) -> tuple[Path, Path]:
-    """The fixed training rows, written once, and the test rows."""
-    data = Path(os.environ.get("GRAFTWORK_DATA", "../shared/data")) / "sst2"
-    chosen = work / f"train-{ROWS}.tsv"
-    if not chosen.exists():
-        with (data / "train.tsv").open(encoding="utf-8", newline="") as file:
-            header, *rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        random.Random(0).shuffle(rows)
-        chosen.write_text("\n".join("\t".join(row) for row in (header, *rows[:ROWS])) + "\n", encoding="utf-8")
-    return chosen, data / "test.tsv"
+def sst2() -> Path:
+    return Path(os.environ.get("GRAFTWORK_DATA", "../shared/data")) / "sst2"
 
 
-def run(work: Path, name: str, method: str, lr: float | None, seed: int) -> dict[str, Any]:
-    """One training in a process of its own, and what it cost."""
-    train, test = rows_of(work)
-    out = work / "adapter"
-    command = [str(Path(sys.executable).parent / "graftwork"), "train", "--backbone", backbone(), "--data", str(train)]
-    command += ["--eval-data", str(test), "--method", method, "--out", str(out), "--overwrite", "--epochs", "1"]
-    command += ["--seed", str(seed), *([] if lr is None else ["--lr", str(lr)])]
-    with (work / "log.txt").open("w") as log:
-        child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        _, status, used = os.wait4(child.pid, 0)
-    if status:
-        return {"name": name, "seed": seed, "failed": (work / "log.txt").read_text()[-600:]}
-    said = json.loads((out / "adapter.json").read_text())["metadata"]
-    count = sum(p.num_parameters for p in _loaded(out))
-    return {
-        "name": name,
-        "seed": seed,
-        "accuracy": said["metrics"]["accuracy"],
-        "parameters": count,
-        "seconds": said["training"]["seconds"],
-        "memory": used.ru_maxrss / 1024,
-        "bytes": (out / "adapter.safetensors").stat().st_size,
-    }
+def training_rows(work: Path) -> str:
+    """The fixed training rows, drawn once for all runs."""
+    with (sst2() / "train.tsv").open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+    random.Random(0).shuffle(rows)
+    chosen = work / "train.tsv"
+    chosen.write_text("\n".join("\t".join(row) for row in (header, *rows[:ROWS])) + "\n", encoding="utf-8")
+    return str(chosen)
 
 
-def _loaded(out: Path) -> Sequence[Any]:
-    from transformers import AutoModelForSequenceClassification
+def job(text: str) -> tuple[str, float]:
+    """A method, and the learning rate: what stands after the @, or its own."""
+    name, _, lr = text.partition(" @ ")
+    return name, float(lr) if lr else gw.parse_methods(name)[0].lr
 
-    model = AutoModelForSequenceClassification.from_pretrained(backbone(), num_labels=2)
-    return gw.load(model, out).parts
+
+def run(name: str, lr: float, seed: int) -> dict[str, Any]:
+    """One training, what it reached and what it cost."""
+    from graftwork.train import DataSettings, FitSettings, TrainSettings, train
+    from graftwork.train.run import chosen_split
+    from graftwork.train.trained import open_trained
+
+    for method in gw.parse_methods(name):
+        type(method).lr = lr
+    start, made = time.process_time(), {"name": name, "lr": lr, "seed": seed}
+    with tempfile.TemporaryDirectory() as work:
+        settings = TrainSettings(
+            backbone=backbone(),
+            out=f"{work}/adapter",
+            method=name,
+            data=DataSettings(data=training_rows(Path(work)), eval_data=str(sst2() / "dev.tsv")),
+            fit=FitSettings(
+                epochs=1,
+                seed=seed,
+                precision="bf16",
+                trainer=("train_sampling_strategy=group_by_length",),
+            ),
+        )
+        try:
+            found = train(settings)
+        except (gw.GraftError, RuntimeError) as error:
+            return {**made, "failed": " ".join(str(error).split())[:200]}
+        cost = {
+            "seconds": round(time.process_time() - start, 1),
+            "memory": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+            "bytes": sum(f.stat().st_size for f in found.folder.iterdir() if f.suffix == ".safetensors"),
+        }
+        tested = open_trained(settings.out).evaluate(chosen_split(str(sst2() / "test.tsv")))
+    scores = {"dev": round(found.metrics["accuracy"], 4), "accuracy": round(tested["accuracy"], 4)}
+    return {**made, **scores, "parameters": found.parameters, **cost}
+
+
+def results() -> list[dict[str, Any]]:
+    """What has been run, the newest of each method, learning rate and seed."""
+    lines = LOG.read_text().splitlines() if LOG.exists() else []
+    return list({(r["name"], r["lr"], r["seed"]): r for r in map(json.loads, lines)}.values())
 
 
 def table(done: Sequence[dict[str, Any]]) -> list[str]:
-    """The rows of the page, best first."""
-    names = list(dict.fromkeys(r["name"] for r in done))
-    each = {n: [r for r in done if r["name"] == n and "accuracy" in r] for n in names}
-    mean = {n: statistics.mean(r["accuracy"] for r in of) for n, of in each.items() if of}
-    probe = max((mean[n] for n in PROBE if n in mean), default=float("nan"))
+    """The rows of the page, best first: methods at their own learning rate, the probe at what is best on the dev rows."""
+    each: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for r in sorted(done, key=lambda r: r["seed"]):
+        each.setdefault((r["name"], r["lr"]), []).append(r)
+    good = {key: of for key, of in each.items() if all("accuracy" in r for r in of)}
+    mean = {key: statistics.mean(r["accuracy"] for r in of) for key, of in good.items()}
+    probe = max((key for key in PROBE if key in mean), key=lambda key: statistics.mean(r["dev"] for r in each[key]))
+    shown = [key for key in each if key == probe or (key == job(key[0]) and key[0] != probe[0])]
     out = [
-        "| method | accuracy | each seed | above the probe | trained | s | MB | file, kB |",
-        "| --- | " + "---: | " * 7,
+        "| method | lr | accuracy | each seed | above the probe | trained | CPU s | MB | file, kB |",
+        "| --- | " + "---: | " * 8,
     ]
-    for n in sorted(mean, key=lambda n: -mean[n]):
-        of, gain = each[n], 100 * (mean[n] - probe)
-        short = "" if n in PROBE or gain != gain else f"{gain:+.1f}{'' if gain >= POINTS else ' (short)'}"
+    for key in sorted((key for key in shown if key in good), key=lambda key: -mean[key]):
+        of, gain = each[key], 100 * (mean[key] - mean[probe])
+        short = "" if key == probe else f"{gain:+.1f}{'' if gain >= POINTS else ' (short)'}"
         spread = " ".join(f"{r['accuracy']:.3f}" for r in of)
         cost = [statistics.median(r[k] for r in of) for k in ("parameters", "seconds", "memory", "bytes")]
         numbers = f"{cost[0]:,.0f} | {cost[1]:.0f} | {cost[2]:,.0f} | {cost[3] / 1e3:,.0f}"
-        out.append(f"| `{n}` | {mean[n]:.3f} | {spread} | {short} | {numbers} |")
-    return out + [f"| `{n}` | failed | {of[0]['failed'].splitlines()[-1][:80]} | | | | | |" for n in names if n not in mean
-                  for of in [[r for r in done if r["name"] == n]]]  # fmt: skip
+        out.append(f"| `{key[0]}` | {key[1]:g} | {mean[key]:.3f} | {spread} | {short} | {numbers} |")
+    failed = {key: next(r["failed"] for r in each[key] if "failed" in r) for key in shown if key not in good}
+    return out + [f"| `{name}` | | refused: {why} | | | | | | |" for (name, _), why in failed.items()]
+
+
+def write(done: Sequence[dict[str, Any]]) -> None:
+    """Put the table between the page's marks."""
+    text = PAGE.read_text()
+    head, _, rest = text.partition("<!-- table -->\n")
+    tail = rest.partition("<!-- /table -->")[2]
+    PAGE.write_text(f"{head}<!-- table -->\n" + "\n".join(table(done)) + f"\n<!-- /table -->{tail}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("methods", nargs="*", help="methods as text; by default all that are registered")
-    parser.add_argument(
-        "--work", type=Path, required=True, help="folder of the results, which a later call goes on with"
-    )
-    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many seeds (default: 3)")
-    parser.add_argument("--write", type=Path, help="write the table of what is there to this file, and stop")
+    parser.add_argument("methods", nargs="*", help="methods as text; by default all that are registered, and the probe")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"how many seeds (default: {SEEDS})")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each (default: 1)")
+    parser.add_argument("--again", action="store_true", help="also what has been run already")
+    parser.add_argument("--write", action="store_true", help="write the tables and stop")
     asked = parser.parse_args()
-    asked.work.mkdir(parents=True, exist_ok=True)
-    log = asked.work / "results.jsonl"
-    done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    done = [r for r in done if "accuracy" in r]  # what failed is tried again
-    if asked.write:
-        text = asked.write.read_text() if asked.write.exists() else ""
-        head, _, rest = text.partition("<!-- table -->\n")
-        asked.write.write_text(
-            head
-            + "<!-- table -->\n"
-            + "\n".join(table(done))
-            + "\n<!-- /table -->"
-            + rest.partition("<!-- /table -->")[2]
-        )
-        return
-    known = [n for n in gw.methods() if n not in NOT_ALONE and not getattr(gw.system(n), "mixes", False)]
-    wanted = {n: (n, None) for n in asked.methods or known} | ({} if asked.methods else PROBE)
-    have = {(r["name"], r["seed"]) for r in done}
-    jobs = [(n, *job, s) for n, job in wanted.items() for s in SEEDS[: asked.seeds] if (n, s) not in have]
-    for name, method, lr, seed in track(jobs, description="training"):
-        with log.open("a") as file:
-            file.write(json.dumps(run(asked.work, name, method, lr, seed)) + "\n")
-    print("\n".join(table([json.loads(line) for line in log.read_text().splitlines()])))
+    if not asked.write:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        known = [n for n in gw.methods() if n not in NOT_ALONE and not getattr(gw.system(n), "mixes", False)]
+        have = set() if asked.again else {(r["name"], r["lr"], r["seed"]) for r in results()}
+        wanted = [job(text) for text in asked.methods] or [*PROBE, *map(job, known)]
+        jobs = [(*w, s) for s in range(asked.seeds) for w in wanted if (*w, s) not in have]
+        several = multiprocessing.get_context("forkserver")
+        several.set_forkserver_preload(["graftwork.train.run", "graftwork.train.trained"])
+        with ProcessPoolExecutor(asked.workers, mp_context=several, max_tasks_per_child=1) as pool:
+            waiting = [pool.submit(run, *each) for each in jobs]
+            for ready in track(as_completed(waiting), total=len(jobs), description="training"):
+                with LOG.open("a") as file:
+                    file.write(json.dumps(ready.result()) + "\n")
+    write(results())
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ START, END = "<!-- methods -->\n", "<!-- /methods -->\n"
 def generated() -> str:
     import graftwork.combinators
     import graftwork.methods  # noqa: F401  (both register)
-    from graftwork.cli.methods import _row, markdown
+    from graftwork.cli.methods import markdown, row
     from graftwork.core.method import PRESETS, REGISTRY
 
     # only what the package itself registers: tests and examples register methods of their own
     own = [name for name, made in {**REGISTRY, **PRESETS}.items() if made.__module__.startswith("graftwork.")]
-    return markdown([_row(name) for name in sorted(own)]) + "\n"
+    return markdown([row(name) for name in sorted(own)]) + "\n"
 
 
 def test_the_table_of_methods_is_up_to_date() -> None:

@@ -9,7 +9,7 @@ import torch
 
 import graftwork as gw
 
-from .cases import Snapshot, calibrate, close, every, grafted, leave_init, loss, on, where
+from .cases import Snapshot, calibrate, close, every, gradients, grafted, leave_init, loss, on, where
 from .hosts import BY_NAME, forward, fresh, output
 from .settings import CASES, Case
 
@@ -155,12 +155,14 @@ def test_compiled_training_gives_the_same_gradients(case: Case):
     model, adapter = grafted(case)
     model.train()
     loss(model, inputs).backward()
-    eager = {name: p.grad.clone() for name, p in adapter.named_parameters()}
+    eager = gradients(adapter)
     for p in adapter.parameters():
         p.grad = None
     loss(torch.compile(model, fullgraph=True, backend="aot_eager"), inputs).backward()
-    for name, p in adapter.named_parameters():
-        close(p.grad, eager[name], 1e-4)
+    compiled = gradients(adapter)
+    assert compiled.keys() == eager.keys() != set()
+    for name, grad in compiled.items():
+        close(grad, eager[name], 1e-4)
 
 
 @pytest.mark.parametrize("name", sorted({case.name for case in CASES}))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import graftwork as gw
 from graftwork.core.errors import GraftError
@@ -80,3 +82,23 @@ def test_every_preset_takes_at_and_layers(name: str) -> None:
     assert parse_methods(f"{name}(layers='0')") == tuple(PRESETS[name](layers="0"))
     with pytest.raises(GraftError, match="no hyper-parameter 'att'"):
         PRESETS[name](att="q")
+
+
+RANKED = [(n, f.name) for n in sorted(REGISTRY) for f in fields(REGISTRY[n]) if f.metadata.get("rank")]
+
+
+@pytest.mark.parametrize(("name", "option"), RANKED)
+def test_a_rank_that_no_weight_has_is_refused(name: str, option: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 3), nn.Linear(3, 2))
+    before = {key: id(value) for key, value in model.named_parameters()}
+    for too_large in (12, 1000):
+        made = REGISTRY[name](**{option: too_large}, at="linear")
+        for asked in (made, gw.LoRAPlus(of=made)):
+            with pytest.raises(GraftError, match=r"=(12|16|1000), and none of the 2 weights there has a rank above 6"):
+                gw.graft(model, asked, "a", head=False)
+        assert {key: id(value) for key, value in model.named_parameters()} == before and not gw.adapters(model)
+
+
+def test_small_weights_beside_large_ones_may_have_a_larger_rank() -> None:
+    model = nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 3), nn.Linear(3, 2))
+    assert gw.graft(model, gw.LoRA(r=6, at="linear"), "a", head=False).num_parameters == 6 * (18 + 15)

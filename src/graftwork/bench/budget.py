@@ -144,7 +144,7 @@ def _numbers(method: Method) -> list[tuple[Path, float | None, bool, bool]]:
         value, kind = getattr(method, field.name), str(field.type)
         if isinstance(value, Method):
             inside += [((field.name, *path), *rest) for path, *rest in _numbers(value)]
-        elif kind.startswith(("int", "float")) and value != 0:
+        elif kind.startswith(("int", "float")) and isinstance(value, int | float | None) and value != 0:
             own.append(((field.name,), value, kind.startswith("int"), field.name in method.sized_by))
     return [*inside, *sorted(own, key=lambda number: not number[3])]  # type: ignore[list-item]
 

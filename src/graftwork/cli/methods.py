@@ -2,6 +2,7 @@
 
 graftwork methods
 graftwork methods lora
+graftwork methods --gallery docs/methods
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import inspect
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 HEADINGS = ("method", "what it is", "sites", "merges", "starts as the backbone")
@@ -20,6 +22,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("name", nargs="?", metavar="NAME", help='a method, or a pattern such as "*lora*"')
     parser.add_argument("--markdown", action="store_true", help="print the table as markdown")
+    parser.add_argument(
+        "--gallery", metavar="FOLDER", help="write a page for each method, and an index, to this folder"
+    )
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -31,11 +36,16 @@ def run(parsed: argparse.Namespace) -> int:
     from .console import table
 
     name = parsed.name
+    if parsed.gallery:
+        from .gallery import write
+
+        write(Path(parsed.gallery), methods(name or "*"))
+        return 0
     if name and not any(c in name for c in "*?["):
         get(name)  # GraftError with the nearest name
         print(card(name))
         return 0
-    rows = [_row(n) for n in methods(name or "*")]
+    rows = [row(n) for n in methods(name or "*")]
     if parsed.markdown:
         print(markdown(rows))
     else:
@@ -60,7 +70,7 @@ def card(name: str) -> str:
     parts = [name, "", inspect.cleandoc(inspect.getdoc(made) or "")]
     if name in PRESETS:
         parts += ["", f"  = {' + '.join(map(str, _kinds(name)))}"]
-    rows = [f"  {option} = {default}" for option, default in _defaults(made)]
+    rows = [f"  {option} = {default}" for option, default in defaults(made)]
     parts += ["", "hyper-parameters and their defaults:", *rows]
     source = (inspect.getdoc(sys.modules[made.__module__]) or "").strip()
     return "\n".join([*parts, "", source])
@@ -73,17 +83,18 @@ def _kinds(name: str) -> list[Any]:
     return list(PRESETS[name]()) if name in PRESETS else [REGISTRY[name]]
 
 
-def _defaults(made: Any) -> list[tuple[str, str]]:
+def defaults(made: Any) -> list[tuple[str, str]]:
     """(hyper-parameter, default) of a method class or a preset."""
     if dataclasses.is_dataclass(made):
-        fields = dataclasses.fields(made)
+        fields = sorted(dataclasses.fields(made), key=lambda f: f.name in ("at", "layers"))  # own ones first
         return [(f.name, "(to be given)" if f.default is dataclasses.MISSING else repr(f.default)) for f in fields]
     given = inspect.signature(inspect.unwrap(made)).parameters.values()
     own = [(p.name, "(to be given)" if p.default is p.empty else repr(p.default)) for p in given]
     return [*own, ("at", repr(made()[0].at)), ("layers", "None")]
 
 
-def _row(name: str) -> tuple[Any, ...]:
+def row(name: str) -> tuple[Any, ...]:
+    """A method's line in the table (see HEADINGS)."""
     from ..core.method import flatten, get
 
     made = get(name)

@@ -7,7 +7,6 @@ morningmoni/UniPELT.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -20,12 +19,12 @@ from graftwork.core.method import Method, flatten, get, method, preset
 from graftwork.core.site import Site
 
 from .gate import Gate, GatedWeight
-from .inherit import inherit
+from .inherit import Around
 
 
 @method("gated")
 @dataclass(frozen=True)
-class Gated(Method):
+class Gated(Around):
     """g = mean_t sigmoid(x_t w + b), one number per example; it multiplies what the method inside adds.  w [d], x [batch, seq, d].
 
     of: the method inside. A bottleneck: y + g A(h), x the input h of D. A prefix: [g P_K ; K] and [g P_V ; V] (a closed gate leaves
@@ -36,6 +35,7 @@ class Gated(Method):
     g sees later tokens, so that generation with a key-value cache is refused.
     Identity at init if the method inside is.  Not mergeable: g depends on the example.
     Parameters: those of the method inside + d + 1 per site.  Source: section 3.2, eq. 1 to 3.
+    When: the network shall learn for each example how much a method inside takes part.
     """
 
     of: Method = inner("bottleneck")
@@ -43,17 +43,7 @@ class Gated(Method):
     init: str = choice("normal", "normal", "uniform")
     init_std: float = number(0.02, low=0.0)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        inherit(self, self.of)
-        if self.of.needs:
-            found = f"it needs {' and '.join(self.of.needs)} of its own"
-            raise GraftError(f"a gate for {self.of}", found, "gate a method without")
-
-    @property
-    def identity(self) -> bool:  # type: ignore[override]
-        """As the method inside: the gate multiplies zero."""
-        return self.of.identity
+    mergeable = False
 
     def build(self, site: Site, part: Part) -> Delta | None:
         delta = self.of.build(site, part)
@@ -77,9 +67,6 @@ class Gated(Method):
     def count(self, site: Site) -> int:
         return self.of.count(site) + self.of.reads(site) + 1
 
-    def count_shared(self, sites: Sequence[Site]) -> int:
-        return self.of.count_shared(sites)
-
     def fold(self, part: Part) -> tuple[Method, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
         """The stored form of the method inside, and the gates."""
         within = Part(self.of, part.sites, part.anatomy)
@@ -102,6 +89,7 @@ def UniPELT(parts: str = "apl", reduction: int = 16, length: int = 10, mid: int 
     at: "mlp.norm", for post-norm backbones (BERT); for pre-norm ones give at="mlp" (where there are adapters).
     Parameters per layer: a: 2 d m + m + d;  p: 2 d length once folded;  l: 4 d r;  gates: d + 1 for each of a and p, 2 (d + 1) for l.
     Source: Mao et al. 2021, section 3.
+    When: few rows, and no time to find out which method suits the task.
     """
     if not parts or set(parts) - set("aplb") or len(set(parts)) < len(parts):
         raise GraftError(f"UniPELT(parts={parts!r})", "not some of a, p, l and b", "choose 'ap', 'apl' or 'aplb'")

@@ -17,12 +17,12 @@ from graftwork.core.method import Method, flatten, get, method, preset
 from graftwork.core.site import Site
 
 from .hypernetwork import Controller, GeneratedDelta, GeneratedWeight, Tasks
-from .inherit import inherit
+from .inherit import Around
 
 
 @method("generated")
 @dataclass(frozen=True)
-class Generated(Method):
+class Generated(Around):
     """P = view(G_P I + g_P) for every tensor P of the method inside;  I = LN(W_b relu(W_a [z_task ; e_layer ;
     p_position] + b_a) + b_b).
 
@@ -36,6 +36,7 @@ class Generated(Method):
     task's plain adapter.
     Parameters per tower: L t + 2 t + (3 t hidden + hidden) + (hidden k + k) + 2 k + (k + 1) times the generated ones;
     tasks * t in all.
+    When: many tasks, languages or layers shall share what they have in common: one network makes all adapters.
     """
 
     of: Method = inner("bottleneck")
@@ -46,11 +47,10 @@ class Generated(Method):
     positions: bool = flag(True)
     init_std: float = number(0.01, low=0.0)
 
-    identity = False
+    identity = mergeable = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        inherit(self, self.of)
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):
             raise GraftError(f"Generated(tasks={self.tasks!r})", "no task, or one twice", "name each task once")
 
@@ -59,7 +59,7 @@ class Generated(Method):
         template = self.of.build(site, scratch)
         if template is None:
             return None
-        if len(scratch.shared_modules) or list(template.buffers()) or self.of.needs:
+        if len(scratch.shared_modules) or list(template.buffers()):
             found = f"{self.of.name} holds more than the parameters of each site"
             raise GraftError(f"{self} at {site.key}", found, "generate another method")
         if isinstance(template, WeightDelta):
@@ -104,6 +104,7 @@ def HyperFormer(
 
     Training: each batch holds one task, drawn by `temperature`; lr 3e-4, label smoothing 0.1.  Source: sections 2.3
         and 3.
+    When: several tasks are trained at once and shall help each other.
     """
     (of,) = flatten(get("bottleneck")(reduction=reduction, act="gelu_new", norm="after", at="self.attn, mlp"))
     generated = Generated(of=of, tasks=tuple(tasks), positions=positions)

@@ -22,14 +22,14 @@ from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 from graftwork.sites.anatomy import Anatomy
 
-from .inherit import inherit
+from .inherit import Around
 from .masked import Masked, MaskedDelta, MaskedWeight
 from .scores import instant, keep, pooled
 
 
 @method("sparse")
 @dataclass(frozen=True)
-class Sparse(Method):
+class Sparse(Around):
     """W * M in the place of every matrix W of the method inside, M in {0, 1} fixed; vectors (biases, norms) are not
     masked.
 
@@ -39,14 +39,14 @@ class Sparse(Method):
         "grasp" w (H g), g = dL/dw (see `grasp_loss`) · "synflow" |w dR/dw| with |w| in the place of w (see
         `synflow_loss`).
         Magnitude and random are decided at once (a matrix that starts constant has no magnitudes: random); the others
-        by gw.calibrate,
-        before the optimiser is made. "snip" and "grasp" need matrices that do not start at zero (init="houlsby").
+        by gw.calibrate, before the optimiser is made. "snip" and "grasp" need matrices that do not start at zero (init="houlsby").
     scope: "global" ranks all matrices of the adapter together, "local" each by itself.
     rounds: E; round e of E keeps rho^(e/E) ("exponential" schedule) or 1 - (1 - rho) e/E ("linear"), scored with the
         mask so far;
         what is pruned stays so. Each round is a pass over the calibration batches.
     Large-Sparse: of=Bottleneck(d=k * m), density=1/k.  Stored: one bit per entry and the kept values.
     Parameters: those of the method inside less floor((1 - rho) n).
+    When: a bottleneck or LoRA shall be pruned before training, to be smaller or (wider and sparse) better at the same count.
     """
 
     of: Method = inner("bottleneck")
@@ -58,20 +58,8 @@ class Sparse(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        inherit(self, self.of)
-        if self.of.needs or self.density == 0:
-            found = f"{self.of.name} needs {self.of.needs}" if self.of.needs else "nothing would be kept"
-            raise GraftError(f"Sparse(of={self.of}, density={self.density})", found, "prune another method, keep more")
-
-    @property
-    def identity(self) -> bool:  # type: ignore[override]
-        """As the method inside: zeros stay zero."""
-        return self.of.identity
-
-    @property
-    def mergeable(self) -> bool:  # type: ignore[override]
-        """As the method inside."""
-        return self.of.mergeable
+        if self.density == 0:
+            raise GraftError(f"Sparse(density={self.density})", "nothing would be kept", "keep more")
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -129,9 +117,6 @@ class Sparse(Method):
         e = deltas[0].rounds + 1
         self.prune(deltas, e, [delta.scores for delta in deltas])
         return e < self.rounds
-
-    def count(self, site: Site) -> int:
-        return self.of.count(site)
 
     def count_shared(self, sites: Sequence[Site]) -> int:
         with drawing_from(torch.Generator()):  # the shapes of the matrices are known when they are built

@@ -96,9 +96,10 @@ class Adapter:
             yield part.shared_modules
             yield from part.deltas.values()
 
-    def groups(self, lr: float, weight_decay: float | None = None) -> list[dict[str, Any]]:
+    def groups(self, lr: float | None = None, weight_decay: float | None = None) -> list[dict[str, Any]]:
         """Its parameters as groups of an optimiser, one for each learning rate: lr times what the method says (`Method.rate`,
-        `Method.rate_of`).  weight_decay: of matrices; vectors (`Delta.role` "scale") then have none.
+        `Method.rate_of`).  lr: None takes each method's own (`Method.lr`).  weight_decay: of matrices; vectors (`Delta.role`
+        "scale") then have none.
         """
         groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
         seen: set[int] = set()
@@ -109,9 +110,10 @@ class Adapter:
                         seen.add(id(value))
                         role = home.role(name) if isinstance(home, Delta) else ""
                         rate = part.method.rate(name) * part.method.rate_of(role)
+                        rate *= part.method.lr if lr is None else lr
                         groups.setdefault((rate, role == "scale" and weight_decay is not None), []).append(value)
         decay = {} if weight_decay is None else {False: {"weight_decay": weight_decay}, True: {"weight_decay": 0.0}}
-        return [{"params": given, "lr": lr * rate, **decay.get(bare, {})} for (rate, bare), given in groups.items()]
+        return [{"params": given, "lr": rate, **decay.get(bare, {})} for (rate, bare), given in groups.items()]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Its parameters by the names of `state_dict`, each once."""

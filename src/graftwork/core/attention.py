@@ -46,6 +46,7 @@ class Attention:
     ) -> None:
         self.module, self._call, self.scaling, self.groups, self.keys = module, call, scaling, groups, keys
         self._rows = rows
+        self.root, self.dropping = self, True  # the backbone's own call; whether it drops probabilities in training
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         extra = k.shape[2] - self.keys
@@ -57,9 +58,19 @@ class Attention:
         x: Tensor = first_tensor(*record.called)
         return x if self._rows is None else x[self._rows]
 
+    def probabilities(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+        """softmax(scaling q k^T + mask) [batch, heads, queries, keys] before dropout: what unit vectors as values give."""
+        units = torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand(*k.shape[:2], -1, -1)
+        self.root.dropping = False
+        p = (self.root if self._rows is None else self.root.on(self._rows))(q, k, units, mask)
+        self.root.dropping = True
+        return p
+
     def on(self, rows: Tensor) -> Attention:
         """The same attention for these rows of the batch: q, k, v and mask are given for them alone."""
-        return Attention(self.module, self._call, self.scaling, self.groups, self.keys, rows)
+        made = Attention(self.module, self._call, self.scaling, self.groups, self.keys, rows)
+        made.root = self.root
+        return made
 
 
 def projected(rows: Tensor, site: Site, heads: int) -> Tensor:
@@ -105,7 +116,9 @@ def _seen(delta: Any, inner: Attention) -> Attention:
     def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, extra: int, rows: Tensor | None = None) -> Tensor:
         return delta.attend(q, k, v, mask, inner if rows is None else inner.on(rows))
 
-    return Attention(inner.module, call, inner.scaling, inner.groups, inner.keys)
+    seen = Attention(inner.module, call, inner.scaling, inner.groups, inner.keys)
+    seen.root = inner.root
+    return seen
 
 
 # --- transformers ---------------------------------------------------------------------------------------------------
@@ -159,7 +172,7 @@ def _interface(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     batch, keys = k.shape[0], k.shape[2]
 
     def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, extra: int, rows: Tensor | None = None) -> Tensor:
-        given = dict(kwargs)
+        given = dict(kwargs) if base.dropping else kwargs | {"dropout": 0.0}
         if rows is not None:
             per_row = {
                 n: t for n, t in given.items() if isinstance(t, Tensor) and t.dim() > 1 and t.shape[0] == batch > 1
@@ -246,11 +259,11 @@ class _Catch(TorchFunctionMode):
         def call(
             q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, extra: int, rows: Tensor | None = None
         ) -> Tensor:
-            causal = is_causal and mask is None
+            causal, dropout = is_causal and mask is None, dropout_p if base.dropping else 0.0
             if extra and causal:
                 mask, causal = causal_mask(q.shape[2], key.shape[2], q.device), False
             return F.scaled_dot_product_attention(
-                q, k, v, extend(mask, extra, key.shape[2]), dropout_p, causal, scale=scale, enable_gqa=enable_gqa
+                q, k, v, extend(mask, extra, key.shape[2]), dropout, causal, scale=scale, enable_gqa=enable_gqa
             )
 
         scaling = query.shape[-1] ** -0.5 if scale is None else scale

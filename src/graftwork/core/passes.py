@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .errors import GraftError
+
 if TYPE_CHECKING:
     from ..batched.rows import Table
     from ..expressions.branches import Branches
@@ -135,3 +137,23 @@ def positions(mask: Tensor | None, batch: int, seq: int, device: torch.device) -
         return zero, zero + seq
     real = mask.to(torch.long)
     return real.argmax(dim=1), real.sum(dim=1)
+
+
+def token_mean(values: Tensor, runtime: Runtime, real: bool) -> Tensor:
+    """The mean over the tokens of each example, [batch, 1, ..., n] for values [batch, ..., n].
+
+    real: padding is left out, by the pass's mask [batch, seq].  GraftError for a mask that does not fit, and under a key-value cache.
+    """
+    if runtime.past:
+        found = "a key-value cache, whose tokens are not seen again"
+        raise GraftError("a gate that is a mean over all tokens", found, "generate with use_cache=False")
+    over, mask = tuple(range(1, values.dim() - 1)), runtime.mask
+    if not over:
+        return values
+    if not real or mask is None:
+        return values.mean(over, keepdim=True)
+    if mask.shape != values.shape[:2]:
+        found = f"an attention mask of shape {list(mask.shape)} for tokens {list(values.shape[:-1])}"
+        raise GraftError("a mean over tokens that leaves padding out", found, "give a mask [batch, seq]")
+    weight = mask.to(values.dtype).view(*mask.shape, *[1] * (values.dim() - 2))
+    return (values * weight).sum(over, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)

@@ -13,6 +13,7 @@ from ..batched import grouping
 from ..core.adapter import Adapter, Part
 from ..core.delta import WeightDelta
 from ..core.errors import GraftError, nearest
+from ..core.fields import ranks
 from ..core.grafted import armed
 from ..core.initial import Later, drawing_from
 from ..core.method import Method, flatten, from_json
@@ -57,10 +58,29 @@ def graft(
         int(torch.empty((), dtype=torch.int64).random_().item()) if seed is None else seed
     )
     own = {s.key for m in chosen if m.replaces for s in select(found, m.at, m.layers)}
-    parts = [build(method, _sites(model, method, body, own), found, generator) for method in chosen]
+    placed = [(method, _sites(model, method, body, own)) for method in chosen]
+    for method, sites in placed:
+        _check_ranks(method, sites)
+    parts = [build(method, sites, found, generator) for method, sites in placed]
     adapter = Adapter(name, parts)
     attach(model, adapter, body)
     return adapter
+
+
+def _check_ranks(method: Method, sites: Sequence[Site]) -> None:
+    """GraftError for a rank above what any of the sites' weights can have; some of them may be smaller."""
+    asked = ranks(method)
+    if not asked:
+        return
+    matrices = [site.weight for site in sites if site.width is None and len(site.weight.shape) > 1]
+    largest = max((min(w.d_in, w.d_out) for w in matrices), default=None)
+    for name, value in asked.items():
+        if largest is not None and value > largest:
+            raise GraftError(
+                f"graft {method}",
+                f"{name}={value}, and none of the {len(matrices)} weights there has a rank above {largest}",
+                f"choose {name} <= {largest}, or larger weights by `at`",
+            )
 
 
 def _sites(model: nn.Module, method: Method, body: Body, own: Collection[str]) -> Sequence[Site]:

@@ -43,6 +43,9 @@ def merge(model: nn.Module) -> None:
                         f"{part.method.name} at {delta.key} changes activations, not a weight",
                         f"activate only methods that can be merged, or run {name!r} unmerged",
                     )
+                if delta.training and delta.overrides("forward"):
+                    found = f"{part.method.name} at {delta.key} is in training, where it is no weight (batch statistics, dropout)"
+                    raise GraftError(f"merge {expression}", found, "call model.eval() first")
     merged: list[tuple[nn.Module, str, nn.Parameter | None]] = []
     for module in root.armed:
         plan: Plan | None = module._armed.plan  # type: ignore[union-attr, assignment]

@@ -38,7 +38,7 @@ def summary(model: nn.Module) -> Summary:
         for part in adapter.parts:
             count = part.num_parameters
             roles = Counter(site.role for site in part.sites)
-            head = part.method.name == "full" and set(roles) == {"head"}
+            head = part.method.replaces and set(roles) == {"head"}
             rows.append(
                 {
                     "adapter": name,

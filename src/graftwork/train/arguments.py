@@ -13,6 +13,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from ..core.errors import GraftError, nearest
+from ..core.method import Method
 from ..sites.anatomy import anatomy
 from .settings import FitSettings
 from .tasks import Task
@@ -87,6 +88,13 @@ def arguments(fit: FitSettings, task: Task, folder: str, lr: float, evaluates: b
         return TrainingArguments(**given)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise GraftError("the arguments of the Trainer", str(error).split("\n")[0], "change them") from error
+
+
+def default_lr(model: nn.Module, share: float) -> float:
+    """The learning rate where nobody gives one: `Method.lr` for a backbone up to 384 wide, less in proportion for wider ones (2e-4
+    at 4,096, as QLoRA has it), a fortieth where more than a tenth of the backbone (`share`) is trained."""
+    width = max((site.d for site in anatomy(model).of("block")), default=0)
+    return Method.lr * min(1.0, 384 / max(width, 1)) * (0.025 if share > 0.1 else 1.0)
 
 
 def shard_by_block(given: TrainingArguments, model: nn.Module) -> None:

@@ -106,7 +106,7 @@ def _processor(name: str, task: Task) -> Any:
 
 
 def with_fresh(model: nn.Module, methods: Sequence[Method], fresh: Sequence[str]) -> list[Method]:
-    """The methods, and a `Full` for the freshly initialised modules that neither they nor the task head's own
+    """The methods, and a `Full` for the freshly initialised modules that neither what `replaces` them nor the task head's own
     `Full` train.
 
     What a checkpoint did not bring is random: frozen, it would be noise that no file holds.
@@ -114,7 +114,7 @@ def with_fresh(model: nn.Module, methods: Sequence[Method], fresh: Sequence[str]
     found = anatomy(model)
     trained = {site.path for site in found.of("head")}
     for method in methods:
-        if method.name == "full":
+        if method.replaces:
             trained |= {site.path for site in select(found, method.at, method.layers)}
     left = sorted({name.rpartition(".")[0] for name in fresh} - trained)
     if not left:

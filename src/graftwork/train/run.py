@@ -29,7 +29,7 @@ from ..store import load as load_adapter
 from ..store import save
 from ..store.hub import locate
 from . import backbone, checkpoints
-from .arguments import arguments, processes, shard_by_block
+from .arguments import arguments, default_lr, processes, shard_by_block
 from .columns import ordered
 from .data import read
 from .output import check_folder, memory_peak, storage_error
@@ -111,7 +111,7 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = (), sa
     share = f"{count:,} parameters, {100 * count / size:.3f}% of the backbone's {size:,}"
     say(f"{' + '.join(map(str, adapter.methods))}: {share}")
 
-    lr = settings.fit.lr or (5e-4 if count <= size / 10 else 5e-5)
+    lr = settings.fit.lr or default_lr(loaded.model, count / size)
     best, interrupt = Best(adapter), Interrupt()
     told: list[TrainerCallback] = [interrupt] if process.num_processes == 1 else []
     if settings.fit.best or settings.fit.early_stopping:
@@ -123,6 +123,7 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = (), sa
     trainer = GraftTrainer(
         adapter=adapter,
         task=task,
+        own_rates=settings.fit.lr is None,
         model=loaded.model,
         args=told_trainer,
         data_collator=task.collator(loaded.processor, loaded.model),
@@ -251,8 +252,11 @@ def _recall_best(best: Best, model: torch.nn.Module, last: Path) -> None:
 
 
 def _scores(trainer: GraftTrainer) -> dict[str, float]:
-    """The scores of the final state, under their plain names."""
-    found = trainer.evaluate()
+    """The scores of the state that the model is in, under their plain names; what training has just evaluated, is not once more."""
+    state, of = trainer.state, trainer.state.log_history
+    last = next((entry for entry in reversed(of) if "eval_loss" in entry and entry["step"] == state.global_step), None)
+    kept = not trainer.args.load_best_model_at_end or state.best_global_step == state.global_step
+    found = last if last is not None and kept else trainer.evaluate()
     timing = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
     named = {key.removeprefix("eval_"): float(value) for key, value in found.items() if key.startswith("eval_")}
     return {key: value for key, value in named.items() if key not in timing}

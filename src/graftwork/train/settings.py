@@ -113,7 +113,7 @@ class FitSettings:
         "steps whose gradients are added up before the optimiser moves", default=1, check=at_least(1)
     )
     lr: float | None = option(
-        "highest learning rate; by default 5e-4, or 5e-5 where more than a tenth of the backbone is trained",
+        "highest learning rate; by default the method's own (LoRA: 2e-3), on backbones wider than 384 less in proportion",
         default=None,
         check=above(0, may_be_none=True),
     )

@@ -39,6 +39,8 @@ class Bottleneck(Method):
         U zero,
         "zero_up" D N(0, init_std^2), U zero; biases zero (b_D uniform +-1/sqrt(d) with "lora" and lora_bias).
     Parameters per site: 2 m d + (m + d with bias) + (2 d with norm) + (1 or d with learned scaling).
+    When: a backbone of unknown kind, modules that cannot be merged, or tasks that are stacked and fused: the form that most
+        compositions were studied with.
     """
 
     d: int | None = positive(None)

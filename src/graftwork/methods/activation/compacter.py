@@ -34,6 +34,7 @@ class PHM(Method):
     act: g.  dropout: after g.  Init: A N(0, init_std^2), s, t (or B) xavier-uniform with gain sqrt 2, biases 0: near
         the identity.
     Parameters per site: 2 r (d + m) + d + m (whole B_i: 2 d m / n + d + m); n^3 once (or 2 n^3 per site).
+    When: bottleneck adapters whose matrices are stored as sums of Kronecker products.
     """
 
     n: int = positive(4)
@@ -82,6 +83,7 @@ def Compacter(n: int = 4, reduction: int = 32, rank: int = 1, norms: bool = True
     trained.
 
     Parameters: n^3 + (2 r (d + m) + d + m) per adapter + the layer norms.  Source: section 3.2 and rabeehk/compacter.
+    When: encoder-decoders on small data with a tenth of the adapters' parameters.
     """
     adapters = PHM(n=n, reduction=reduction, rank=rank)
     return [adapters, Full(at="norm")] if norms else [adapters]
@@ -89,6 +91,9 @@ def Compacter(n: int = 4, reduction: int = 32, rank: int = 1, norms: bool = True
 
 @preset("compacter_pp")
 def CompacterPP(n: int = 4, reduction: int = 32, rank: int = 1, norms: bool = True) -> list[Method]:
-    """Compacter++: the adapters after the feed-forward layers only."""
+    """Compacter++: the adapters after the feed-forward layers only.
+
+    When: as compacter, with half of its adapters.
+    """
     adapters = PHM(n=n, reduction=reduction, rank=rank, at="mlp")
     return [adapters, Full(at="norm")] if norms else [adapters]

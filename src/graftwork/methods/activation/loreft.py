@@ -39,6 +39,8 @@ class LoReFT(Method):
     init: "random" R orthogonal, W and b as nn.Linear; "identity" W = R, b = 0 (direft: W = 0).
     dropout: on the added term, in training.  drop_state: on the whole edited state, as pyreft does.
     Parameters per site: r (2 d + 1) (r (d + 1) without W), twice if not tied.  Stored: R itself, W and b.
+    When: a handful of parameters on the states of a few positions of a prompt; not for long generation, whose tokens it does not
+        edit.
     """
 
     r: int = positive(8)

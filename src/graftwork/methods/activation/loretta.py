@@ -32,6 +32,7 @@ class LoRETTAAdp(Method):
     init: every core as `tensor_train` says, b_D and b_U U(+-1/sqrt(width)); "zero" makes the last core of U and b_U
         zero, "released" does not, as the authors' code, whose first pass is not the backbone's.
     Parameters per site: sum_i r_{i-1} n_i r_i of both, and bottleneck + d; 6,360 for d = 4096.
+    When: bottleneck adapters of which many are stored: their matrices as tensor trains.
     """
 
     bottleneck: int = positive(64)
@@ -81,6 +82,7 @@ def LoRETTA(
     """LoRETTA_adp behind attention and the feed-forward layer, and every layer norm of the backbone.
 
     bottleneck, tt_rank, act, init: of loretta_adp.  norms: the layer norms are trained with it.
+    When: the paper's recipe: loretta_adp with the layer norms.
     """
     adapters = LoRETTAAdp(bottleneck=bottleneck, tt_rank=tt_rank, act=act, init=init, at="self.attn, mlp")
     return [adapters, Full(at="norm")] if norms else [adapters]

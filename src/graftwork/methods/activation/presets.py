@@ -25,6 +25,7 @@ def Houlsby(
     norms: every layer norm of the backbone is trained with the adapters.
     Parameters: L (2 (2 m d + d + m)) + 2 d per layer norm.  Source: Houlsby et al. 2019, section 2 and google-
         research/adapter-bert.
+    When: the original reference: two bottlenecks in each block.
     """
     adapters = Bottleneck(d=d, act=act, init=init, init_std=init_std, at="self.attn, mlp")
     return [adapters, Full(at="norm")] if norms else [adapters]
@@ -37,6 +38,7 @@ def Pfeiffer(d: int = 64, act: str = "relu", norm: str = "before", init: str = "
     d: bottleneck width b.  norm: "before" D or "none".  init: "lora" starts at the identity, "bert" and "houlsby"
         near it.
     Parameters per block: 2 d b + b + d + 2 d.  Source: Bapna and Firat 2019, section 3; the placement of AdapterFusion.
+    When: the bottleneck to stack and fuse: half of Houlsby's parameters at about its quality.
     """
     return [Bottleneck(d=d, act=act, norm=norm, init=init, at="block")]
 
@@ -50,6 +52,7 @@ def Parallel(
     d: bottleneck width.  scale: s (4 for generation, 2 for GLUE).  learned: s is one trained scalar, starting at
         `scale`.
     dropout: between relu and U.  Parameters per layer: 2 d r + r + d.  Source: He et al. 2021, section 4.6.
+    When: adapters on the feed-forward layers of generators, where parallel placement was found best.
     """
     scaling = "scalar" if learned else "fixed"
     return [
@@ -66,6 +69,7 @@ def MAM(length: int = 30, d: int = 512, scale: float = 4.0, reparam: str = "mlp"
     length, reparam ("mlp" or "flat"), mid: of the prefix;  d, scale: of the parallel adapter.
     Small setting for GLUE: length=16, d=16, scale=2.
     Parameters stored: 2 d l per attention, 2 d r + r + d per feed-forward layer.  Source: He et al. 2021, section 4.6.
+    When: the unified view's best mix for generation and large data.
     """
     prefix = get("prefix")(length=length, reparam=reparam, mid=mid)
     return [*flatten(prefix), *Parallel(d=d, scale=scale)]
@@ -81,6 +85,7 @@ def MADXLanguage(reduction: int = 2, act: str = "relu", coupling: str = "nice", 
         without, as MAD-X 2.0 does.
     Train it by masked language modelling; then train a task adapter on top of it: gw.activate(model, "en >> task").
     Parameters: L (2 d m + m + d) + those of the invertible adapter.  Source: Pfeiffer et al. 2020, sections 4.1 and 4.3.
+    When: first stage of transfer to other languages.
     """
     adapters = Bottleneck(reduction=reduction, act=act, position="sum", init="bert", at="mlp.norm")
     if coupling == "none":
@@ -95,6 +100,7 @@ def MADXTask(reduction: int = 16, act: str = "relu") -> list[Method]:
     reduction: d / m.  at: as for mad_x_language.  Activate it with the language's, "en >> task" in training (the language adapter's
     `trainable` set to False) and "de >> task" for another language.
     Parameters: L (2 d m + m + d).  Source: Pfeiffer et al. 2020, section 4.2.
+    When: second stage: a task on top of a language, which can then be exchanged.
     """
     return MADXLanguage(reduction=reduction, act=act, coupling="none")
 
@@ -111,6 +117,7 @@ def AdapterPlus(
         see y + A(y) · "parallel" z + A(y) · "intermediate" z + A(m).
     init: "houlsby" truncated normal of init_std, cut at 2 std · "bert" N(0, 0.02^2) · "lora" the identity.
     Parameters: L (2 d r + r + 2 d).  Source: Steitz and Roth 2024, sections 3 and 4.
+    When: vision transformers: the bottleneck's setting that won on VTAB.
     """
     places = {
         "post": ("after", "block"),

@@ -27,6 +27,7 @@ class SURMAdapter(Method):
     """h + g(M h) + c on the output h [..., d] of a sub-layer, M [d, d] as of `surm`.  Identity at init (M = 0, c = 0).
 
     kind, r, k: of M.  act: g.  Parameters: those of M, and d.
+    When: as surm, on activations.
     """
 
     kind: str = choice("circulant", *KINDS)

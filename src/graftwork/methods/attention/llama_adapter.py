@@ -31,6 +31,7 @@ class LlamaAdapter(Method):
     gate: one g "per_head", or one "scalar" per layer.  squash: "tanh" (the authors' code) or "none" (the paper, PEFT).
     Init: P N(0, init_std^2), g zero.
     Parameters per layer: length d + heads (or + 1).  Source: Zhang et al. 2023, eq. 3 to 7; OpenGVLab/LLaMA-Adapter.
+    When: an instruction-following adapter on a decoder, from a start that is exactly the backbone.
     """
 
     length: int = positive(10)

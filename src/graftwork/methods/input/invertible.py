@@ -33,6 +33,7 @@ class Invertible(Method):
     In a stack the adapters' inverses run in the opposite order. It belongs to no layer.
     Init: W N(0, init_std^2), b zero: near the identity.
     Parameters: "nice" 2 (2 (d/2) m + m + d/2), m = d/2 // reduction; "glow" 2 (3 (d/2) m + m + d).  Source: section 4.3.
+    When: another language's tokens must be read and written by a backbone that saw few of them (as a part of MAD-X).
     """
 
     coupling: str = choice("nice", "nice", "glow")
@@ -58,15 +59,19 @@ class Invertible(Method):
         return total
 
 
+def like(site: Site, part: Part) -> Tensor | None:
+    """A tensor of the tower's dtype and device: what embeds its sequence may have none of its own (a dropout)."""
+    towers = [s.module for s in part.anatomy.of("entry") if s.tower == site.tower]
+    return next((p for module in (site.module, *towers) for p in module.parameters()), None)
+
+
 class Bijection(Delta):
     """coupling: f."""
 
     def __init__(self, method: Invertible, site: Site, part: Part) -> None:
         super().__init__()
         kind = Glow if method.coupling == "glow" else Nice
-        towers = (s for s in part.anatomy.of("entry") if s.tower == site.tower)
-        like = next((p for s in towers for p in s.module.parameters()), None)
-        self.coupling = kind(site.d, method.reduction, method.act, method.init_std, like)
+        self.coupling = kind(site.d, method.reduction, method.act, method.init_std, like(site, part))
         self.undone = site.unembed is not None
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:

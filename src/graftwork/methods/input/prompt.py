@@ -47,6 +47,8 @@ class Prompt(Method):
         rows from the vocabulary.
     ensemble: number of prompts N; the context "prompt_rows", [batch] of 0..N-1, says which one a row has.
     Parameters: N length e.  Source: Lester et al. 2021, section 2; google-research/prompt-tuning.
+    When: a very large backbone behind an interface of embeddings, one tiny tensor for each task; weak on small backbones and slow
+        to train.
     """
 
     length: int = positive(100)

@@ -31,6 +31,7 @@ class Arrow(Method):
     combine: "after" as above, "before" y = W x + (sum_e w_e B_e) (sum_e w_e A_e) x, which needs equal ranks.
     of, joint: of an adapter of this method; in route(a, b, by="arrow") they say nothing.  Trains nothing.
     Subtracting what general adapters have in common (GenKnowSub): route(a - mean(g, h), b - mean(g, h), by="arrow"), exact.
+    When: a library of LoRAs of unknown tasks is at hand and nothing may be trained: the router is read off the adapters.
     """
 
     mixes = True

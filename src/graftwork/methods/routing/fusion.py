@@ -36,6 +36,7 @@ class Fusion(Method):
     query_output: h is y.  dropout: on the scores, in training.  reg: the loss gets reg |I - V|^2 of each place.
     Q, K start at N(0, 0.02^2), biases at 0. Parameters per place: 3 d^2 + 2 d; 2 d^2 + 2 d without V.
     Graft it over adapters that are there: gw.graft(model, gw.Fusion(of=["a", "b"]), "ab"); "fuse(a, b)" and "ab" then say the same.
+    When: several finished adapters of other tasks may help a new one, and it is not known which.
     """
 
     mixes = True

@@ -27,6 +27,7 @@ class Weighted(Method):
 
     of: which adapters, the texts of expressions.  joint: they are trained with it; otherwise they stay as they are.
     Parameters per place: N.
+    When: as uniform, where a few rows are at hand to weigh the adapters.
     """
 
     mixes = True
@@ -62,7 +63,10 @@ class WeightedMixer(Mixer):
 @method("uniform")
 @dataclass(frozen=True)
 class Uniform(Method):
-    """y' = y + mean_n (z_n - y): every adapter that acts at a place counts the same. Trains nothing."""
+    """y' = y + mean_n (z_n - y): every adapter that acts at a place counts the same. Trains nothing.
+
+    When: adapters of one task or of near domains shall be averaged in their outputs, with nothing to train.
+    """
 
     mixes = True
     trains = False

@@ -42,6 +42,7 @@ class Ladder(Method):
     Not the identity at init (the last gate mixes half and half). A key-value cache also holds the side blocks' keys.
     Parameters: per kept block its side block + d d/r + d/r + 1; per stack d d/r + d/r and a norm; once d d/r + d + 1.
     Source: Sung et al. 2022, section 3; ylsung/Ladder-Side-Tuning.
+    When: memory of training is what is missing: no gradient passes the backbone.
     """
 
     r: int = positive(8)

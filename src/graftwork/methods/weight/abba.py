@@ -10,7 +10,7 @@ from functools import cache
 
 from graftwork.core.adapter import Part
 from graftwork.core.errors import GraftError
-from graftwork.core.fields import choice, fraction, number, positive, where
+from graftwork.core.fields import choice, fraction, number, rank, where
 from graftwork.core.initial import kaiming_uniform, made, zeros
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
@@ -30,10 +30,12 @@ class ABBA(Method):
     Init: B1 A1 is the best approximation of W of rank r1, its singular values halved between both (B1 = U sqrt S, A1 = sqrt S V^T);
     B2 zero; A2 kaiming-uniform (a = 0).
     Parameters: (r1 + r2) (in + out) per weight.  Source: Singhal et al. 2025, arXiv 2505.14238; CERT-Lab/abba.
+    When: LoRA's rank limits what is learned (arithmetic, reasoning) and memory allows the weight to be decomposed once; of equal
+        parameters it reaches rank r1 r2.
     """
 
-    r1: int = positive(16)
-    r2: int = positive(16)
+    r1: int = rank(16)
+    r2: int = rank(16)
     alpha1: float = number(32.0, low=0.0)
     alpha2: float = number(32.0, low=0.0)
     scale: str = choice("code", "code", "paper")

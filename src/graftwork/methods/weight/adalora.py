@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graftwork.core.adapter import Part
 from graftwork.core.errors import GraftError
-from graftwork.core.fields import fraction, number, positive, where
+from graftwork.core.fields import fraction, number, positive, rank, where
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
@@ -37,9 +37,11 @@ class AdaLoRA(Method):
     the training.
     Parameters: init_r (in + out + 1) per weight in training; in the file only the triplets that are left.
     Source: Zhang et al. 2023, arXiv 2303.10512.
+    When: the budget is fixed and it is unknown which matrices need rank; costs a schedule of three stages and one setting of its
+        length.
     """
 
-    init_r: int = positive(12)
+    init_r: int = rank(12)
     target_r: int = positive(8)
     alpha: float = number(16.0)
     beta1: float = fraction(0.85)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from graftwork.core.adapter import Part
 from graftwork.core.delta import WeightDelta
 from graftwork.core.errors import GraftError
-from graftwork.core.fields import choice, count, fraction, number, positive, where
+from graftwork.core.fields import choice, count, fraction, number, rank, where
 from graftwork.core.initial import Initial, drawing_from, kaiming_uniform, tensor, zeros
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
@@ -37,9 +37,11 @@ class AsymmetryLoRA(Method):
     dropout: on the input of A, in training only.  Mergeable.
     Parameters: r out per weight (train="up"), r in ("down"), r (in + out) ("both"), r r ("middle").
     Source: Zhu et al. 2024, arXiv 2402.16842, section 4.1 and table 1 (whose code takes columns for the rows of V^T).
+    When: half of LoRA's parameters shall do, or gradients to the inputs' side are dear; with random A it also bounds better how
+        far the model can overfit.
     """
 
-    r: int = positive(8)
+    r: int = rank(8)
     alpha: float = number(16.0)
     train: str = choice("up", "up", "down", "both", "middle")
     init_down: str = choice("rand", "rand", "svd", "kaiming", "zero")

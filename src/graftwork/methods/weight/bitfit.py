@@ -33,6 +33,8 @@ class BitFit(Method):
         where no chosen module has a bias.
     Parameters: the sizes of the biases.  Source: Ben Zaken et al. 2021, arXiv 2106.10199, section 3;
         benzakenelad/BitFit.
+    When: few rows are at hand, the backbone has biases (BERT, GPT-2, ViT; not Llama) and the file shall be tiny; no time is lost
+        after merging.
     """
 
     add_missing: bool = flag(False)

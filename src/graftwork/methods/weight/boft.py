@@ -37,6 +37,8 @@ class BOFT(Method):
     block_size: b.  blocks: D, in its place.  factors: m.
     block_dropout: share of the blocks of one factor, drawn at random, that a training pass takes for the identity.
     Parameters: m in b + out per weight (of A only the skew part acts).  Source: Liu et al. 2023, arXiv 2311.06243.
+    When: the geometry of pretrained features must survive (subject-driven images) and oft's blocks are too coarse; several
+        factors make a step dear.
     """
 
     block_size: int = positive(4)

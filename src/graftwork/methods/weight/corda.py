@@ -38,6 +38,8 @@ class CorDA(Method):
     dropout: on the input of A, in training only. W is never rewritten: a file holds the plain LoRA [B, -B_0][A; A_0] of
     rank 2 r, and with resume=True what training needs. Only linear layers, whose inputs are seen. Mergeable.
     Parameters: r (in + out) per weight.  Source: Yang et al. 2024, arXiv 2406.05223, and iboing/CorDA.
+    When: samples of the task (ipm) or of knowledge to be kept (kpm) are at hand before training; starts faster than LoRA, and
+        loses less with kpm.
     """
 
     r: int = positive(128)

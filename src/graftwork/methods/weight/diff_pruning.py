@@ -43,6 +43,7 @@ class DiffPruning(Method):
     Parameters: 2 N and one for each tensor in the first stage, floor(density N) in the last and, with their places, in the file.
     Memory: about three backbones in training, and the step of full fine-tuning.
     Source: Guo et al. 2020, arXiv 2012.07463; dguo98/DiffPruning.
+    When: the difference itself shall be sparse and exact for many tasks, and memory of three backbones is no obstacle.
     """
 
     density: float = number(0.005, 0.0, 1.0)

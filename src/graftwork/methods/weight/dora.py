@@ -15,7 +15,7 @@ from torch import Tensor
 
 from graftwork.core.adapter import Part
 from graftwork.core.delta import WeightDelta
-from graftwork.core.fields import flag, fraction, number, positive, where
+from graftwork.core.fields import flag, fraction, number, rank, where
 from graftwork.core.initial import kaiming_uniform, normal, values, zeros
 from graftwork.core.method import Method, method
 from graftwork.core.plan import Host
@@ -37,9 +37,10 @@ class DoRA(Method):
         input too.
     exact: the gradient also flows through |V|; by default |V| counts as a constant.
     Parameters: r (in + out) + out per weight.  Source: Liu et al. 2024, arXiv 2402.09353, eq. 5 and 11; NVlabs/DoRA.
+    When: LoRA falls short at a low rank: usually a little better for the same rank, at a dearer step; merges to the same speed.
     """
 
-    r: int = positive(32)
+    r: int = rank(32)
     alpha: float | None = number(None)
     dropout: float = fraction(0.0)
     exact: bool = flag(False)

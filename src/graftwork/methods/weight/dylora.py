@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from graftwork.core.adapter import Part
 from graftwork.core.delta import WeightDelta
 from graftwork.core.errors import GraftError
-from graftwork.core.fields import count, flag, fraction, number, positive, shares, where
+from graftwork.core.fields import count, flag, fraction, number, rank, shares, where
 from graftwork.core.initial import kaiming_uniform, normal, zeros
 from graftwork.core.method import Method, method
 from graftwork.core.plan import Host
@@ -40,9 +40,10 @@ class DyLoRA(Method):
     frozen: only row b of A and column b of B learn (the paper's cheaper rule).
     Init: A kaiming-uniform (a = sqrt 5), B zero; on an embedding A zero, B N(0, 1).
     Parameters: r (in + out) per weight; b (in + out) of what is cut out.
+    When: the rank to be served is not known at training time: one training gives every rank up to r.
     """
 
-    r: int = positive(8)
+    r: int = rank(8)
     alpha: float = number(16.0)
     distribution: tuple[float, ...] = shares()
     frozen: bool = flag(False)

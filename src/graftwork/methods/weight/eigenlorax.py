@@ -32,6 +32,7 @@ class EigenLoRAx(Method):
     dropout: on the input, in training only.  The bases are in every file with the coordinates.
     Init: L_A kaiming-uniform (a = sqrt 5), L_B zero: the identity (the published code draws both from U(-0.5, 0.5)).
     Parameters: 2 K r per weight.  Mergeable.  Source: Kaushik et al. 2025, arXiv 2502.04700, algorithm 1.
+    When: many finished LoRAs of related tasks exist and new ones shall cost a few hundred numbers.
     """
 
     r: int = positive(8)

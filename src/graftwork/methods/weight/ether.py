@@ -32,6 +32,8 @@ class ETHER(Method):
     u starts kaiming-uniform.  blocks: n.  side: "input" as above; "output" for W' = H W, u_i [out / n]; "smaller" of the
     two.  An embedding is reflected at its vectors. The bias is not reflected.  dropout: on the input, in training only.
     Parameters: in per weight (out on that side), for every n.  Source: Bini et al. 2024, arXiv 2405.20271; mwbini/ether.
+    When: learning rates cannot be tuned: a reflection has a fixed distance from the identity, so that training is robust over
+        decades of rates.
     """
 
     blocks: int = positive(1)
@@ -59,6 +61,7 @@ class ETHERPlus(Method):
     "input" for W' = W H, "output" for H~ W, "smaller" of the two.  An embedding is changed at its vectors only. The bias is
     not changed.  dropout: on the input, in training only.
     Parameters: 2 (in + out) per weight, 2 in or 2 out on one side.  Source: Bini et al. 2024, arXiv 2405.20271, section 3.3.
+    When: as ether, where a start at the backbone and a weaker, two-sided change are wanted.
     """
 
     blocks: int = positive(1)

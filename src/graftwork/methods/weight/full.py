@@ -25,6 +25,7 @@ class Full(Method):
         bias zero); None keeps the backbone's.
     only: names of the module's parameters ("bias"); empty takes all of them.
     Parameters: all of the module's.  The backbone's own values stay untouched, so several heads live on one backbone.
+    When: the reference that every method is compared with, heads, norms, or single layers that are trained whole.
     """
 
     outputs: int | None = positive(None)

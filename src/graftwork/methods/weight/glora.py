@@ -13,7 +13,7 @@ import torch
 
 from graftwork.core.adapter import Part
 from graftwork.core.errors import GraftError
-from graftwork.core.fields import choice, flag, positive, where
+from graftwork.core.fields import choice, flag, rank, where
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
@@ -41,9 +41,10 @@ class GLoRA(Method):
     Init: `down` xavier-uniform, all else zero.
     Parameters per weight: r (in + out) | out | 1 | 0 for A and for B, r (in + 1) | in | 0 for C, out | 1 | 0 for D and
         for E; in a supernet 2 r (in + out) + r (in + 1) + 2 out.
+    When: scale, shift, prompt and low-rank changes shall be searched for each layer (with `gw.evolve`), and the result merged.
     """
 
-    r: int = positive(4)
+    r: int = rank(4)
     a: str = choice("lora", *KINDS["a"])
     b: str = choice("lora", *KINDS["b"])
     c: str = choice("lora", *KINDS["c"])

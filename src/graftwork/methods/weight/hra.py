@@ -34,6 +34,8 @@ class HRA(Method):
         leaves them free, and gram_schmidt is its limit).
     An embedding is rotated at its vectors, a convolution at its flattened filters.
     Parameters: r in per weight.  Source: Yuan et al. 2024, arXiv 2405.17484; DaShenZi721/HRA.
+    When: an orthogonal change with LoRA's count of parameters; close to oft in what it keeps, cheaper to store, r reflections in
+        sequence dearer to run.
     """
 
     r: int = positive(8)

@@ -25,6 +25,8 @@ from graftwork.core.site import Site
 from graftwork.core.weight import Weight
 from graftwork.products.lowrank import low_rank
 
+from .biases import require_bias
+
 INITIAL: dict[str, Initial] = {"xavier": xavier_uniform(), "kaiming": kaiming_uniform(), "normal": normal(0.02)}
 
 
@@ -40,6 +42,8 @@ class Hydra(Method):
     scale: s.  bias: a and b of both branches; a host without a bias then gets one.
     init: of A: "xavier" uniform (vision), "kaiming" uniform with a = sqrt 5 (language), "normal" N(0, 0.02^2) (CLIP).
     Parameters: r_p (in + out) + 2 r_s out per weight, and r_p + r_s + 2 out with bias.
+    When: new features beside pretrained ones (parallel) and new mixtures of them (sequential) are both wanted, mergeable in
+        linear layers.
     """
 
     r_parallel: int = count(2)
@@ -60,9 +64,8 @@ class Hydra(Method):
     def build(self, site: Site, part: Part) -> TwoHeads:
         w = site.weight
         w.require_matrix("hydra")
-        if self.bias and w.bias is None:
-            found = f"{type(site.module).__name__}, which has no place for one"
-            raise GraftError(f"{self} at {site.key}: a bias", found, "set bias=False for these sites")
+        if self.bias:
+            require_bias(f"{self}: a bias", site, "set bias=False for these sites")
         return TwoHeads(self, w)
 
     def count(self, site: Site) -> int:

@@ -32,6 +32,7 @@ class IA3(Method):
     packed qkv whose rows cannot be told apart as a whole.
     side: "role" as above; "input" or "output" of every site, whatever its role.
     Parameters: d per scaled activation.  Source: Liu et al. 2022, arXiv 2205.05638, section 3.3; r-three/t-few.
+    When: few-shot tasks, thousands of adapters on one backbone, batches of mixed tasks: a few vectors, the cheapest rows of all.
     """
 
     side: str = choice("role", "role", "input", "output")

@@ -35,6 +35,7 @@ class KAdaptation(Method):
     of q; neither is copied.)
     Parameters: t fast_rank (in / t + out / t) per weight, 2 t^2 slow_rank for each role, d per layer.
     Source: He et al. 2023, arXiv 2203.16329, eq. 3 to 6.
+    When: vision backbones and small data, where LoRA's parameters shall be cut again.
     """
 
     t: int = positive(32)

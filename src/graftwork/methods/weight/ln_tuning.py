@@ -25,6 +25,7 @@ class LNTuning(Method):
     Kept as differences, so that those of several adapters add up. The running statistics of a BatchNorm stay the
     backbone's.
     Parameters: d or 2 d per norm.  Source: Zhao et al. 2023, arXiv 2312.11420; HF PEFT's LNTuningConfig.
+    When: very few parameters for a model of any kind, or as a complement of attention methods.
     """
 
     at: str = where("norm")

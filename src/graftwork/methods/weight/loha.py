@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from graftwork.core.adapter import Part
-from graftwork.core.fields import choice, flag, fraction, number, positive, where
+from graftwork.core.fields import choice, flag, fraction, number, rank, where
 from graftwork.core.initial import Initial, kaiming_uniform, normal, parameter, zeros
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
@@ -34,9 +34,11 @@ class LoHa(Method):
     init: "kaiming" A_i, B_i and t_i kaiming-uniform (a = sqrt 5), A2 zero; "lycoris" A_i N(0, 1), B1 and t_i N(0, 0.01), B2 zero.
     Parameters: 2 r (in + out) per weight; effective 2 r (in / groups + out) + 2 r^2 |kernel|.
     Source: Hyeon-Woo et al. 2022, arXiv 2108.06098, propositions 1 and 3; KohakuBlueleaf/LyCORIS.
+    When: diffusion models and other hosts of convolutions, where the community shares such files; a higher rank than LoRA of
+        equal count.
     """
 
-    r: int = positive(8)
+    r: int = rank(8)
     alpha: float = number(8.0)
     rank_dropout: float = fraction(0.0)
     module_dropout: float = fraction(0.0)

@@ -56,6 +56,7 @@ class LoKr(Method):
     init: "zero" W1 (or B1) zero; "lycoris" W2 (or A2) zero; the rest kaiming-uniform (a = sqrt 5).
     Parameters per weight: out_l in_m (or r (out_l + in_m)), and out_k in_n |kernel|, or r (out_k + in_n |kernel|), or
     r (out_k + in_n) + r^2 |kernel|.  Source: Yeh et al. 2024, arXiv 2309.14859; KohakuBlueleaf/LyCORIS.
+    When: the smallest files of the LyCORIS family; the update has full rank in a fixed Kronecker form.
     """
 
     r: int = positive(8)

@@ -16,7 +16,7 @@ from torch import Tensor
 from graftwork.core.adapter import Part
 from graftwork.core.delta import WeightDelta
 from graftwork.core.errors import GraftError
-from graftwork.core.fields import choice, flag, fraction, number, positive, where
+from graftwork.core.fields import choice, flag, fraction, number, positive, rank, where
 from graftwork.core.initial import kaiming_uniform, normal, zeros
 from graftwork.core.method import Method, method
 from graftwork.core.plan import Host
@@ -41,9 +41,10 @@ class LoRA(Method):
         [B, -B_0][A; A_0] of rank 2 r, for any reader; with resume=True it is what it was.
     niter: "pissa" by a randomised decomposition with so many subspace iterations, in the place of the exact one.
     Parameters: r (in + out) per weight, and out with bias.  Source: Hu et al. 2021, arXiv 2106.09685, eq. 3 and loralib.
+    When: the default: best understood, merges away, fast, every tool reads its files.
     """
 
-    r: int = positive(8)
+    r: int = rank(8)
     alpha: float = number(16.0)
     dropout: float = fraction(0.0)
     rslora: bool = flag(False)

@@ -30,6 +30,7 @@ class LoRETTARep(Method):
     init: every core as `tensor_train` says; "zero" makes the last core of B zero, "released" does not, as the authors'
         code, whose first pass is not the backbone's.
     Parameters: sum_i r_{i-1} n_i r_i of both; 800 for [8, 4096] at tt_rank 5.
+    When: a low-rank update whose factors are stored as tensor trains, for the smallest file at a given width.
     """
 
     r: int = positive(8)

@@ -34,6 +34,8 @@ class LoSiA(Method):
     The gradient is that of the block alone, from the columns C of x; all of it only while the layer is looked at.
     Parameters: floor(p out) floor(p in) per weight at any time. The file holds dW, where it is not zero.
     Memory: dW as a whole, in the backbone's precision.  Source: Wang et al. 2025; KlozeWang/LoSiA.
+    When: full-rank training without low-rank structure on a budget of memory: a moving block of rows and columns is trained at a
+        time.
     """
 
     p: float = number(0.125, 0.0, 1.0)

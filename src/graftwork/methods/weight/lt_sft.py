@@ -32,6 +32,7 @@ class LTSFT(Method):
     Parameters: N in the first phase, K in the second and, with their places, in the file. Memory: phi, and a mask of bytes.
     A tensor's phi stays dense while it is trained: its gradient is that of full fine-tuning (half a step more than the frozen
     bound).  Source: Ansell et al. 2022, arXiv 2110.07560; cambridgeltl/composable-sft. One round, as in the paper's results.
+    When: sparse differences that shall be added (a language's and a task's) without colliding.
     """
 
     density: float = number(0.01, 0.0, 1.0)

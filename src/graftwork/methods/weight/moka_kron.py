@@ -43,6 +43,7 @@ class MoKAKron(Method):
     Parameters: sum_i (a_i b_i + (out / a_i) (in / b_i)) + r per weight, without a_i b_i for MoKA_s, without r for a uniform gate.
     With these shapes those of q and v are the published 5.2 M of LLaMA2-7B and 3.9 M of LLaMA3-8B. The published runs keep the
     backbone in 4 bits, which is the backbone's business.  Source: arXiv 2508.
+    When: the count of parameters shall be free of the widths' ratio: a mixture of Kronecker products of several shapes.
     """
 
     r: int = positive(10)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from graftwork.core.adapter import Part
 from graftwork.core.delta import WeightDelta
 from graftwork.core.errors import GraftError
-from graftwork.core.fields import fraction, number, positive, where
+from graftwork.core.fields import fraction, number, positive, rank, where
 from graftwork.core.initial import kaiming_uniform, zeros
 from graftwork.core.method import Method, method
 from graftwork.core.plan import Host
@@ -41,9 +41,10 @@ class MSPLoRA(Method):
     (The published code applies a shared pair in the first of its layers only; here it acts in all of them.)
     Init: A_i kaiming-uniform (a = sqrt 5), B_i zero.
     Parameters per role: (in + out) (r_0 + groups (r_1 + ...) + layers r_last).  Source: Zhao et al. 2025, arXiv 2503.21838.
+    When: layers share what is global, groups what is regional: LoRA's quality with fewer parameters.
     """
 
-    r: int = positive(8)
+    r: int = rank(8)
     alpha: float = number(16.0)
     levels: int = positive(3)
     groups: int = positive(3)

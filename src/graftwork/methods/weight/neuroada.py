@@ -33,6 +33,8 @@ class NeuroAda(Method):
     Mergeable. k: increments of a neuron, at most its number of inputs.  select: "magnitude" as above; "smallest" |W|; "random";
     "gradient", the largest |dL/dW| over the batches of gw.calibrate.  The places are stored with the values.
     Parameters: k out per weight.  Source: Zhang et al. 2025; FightingFighting/NeuroAda.
+    When: every neuron shall keep a few trainable inputs (so that none is out of reach), with the merge exact and the optimiser's
+        state small.
     """
 
     k: int = positive(1)

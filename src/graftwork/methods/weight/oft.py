@@ -40,6 +40,8 @@ class OFT(Method):
     block_dropout: share of the blocks that a training pass leaves unrotated, drawn anew each time (not with share).
     Parameters: n b (b - 1) / 2 per weight, b (b - 1) / 2 with share.
     Source: Qiu et al. 2023, arXiv 2306.07280; Qiu et al. 2025, arXiv 2506.19847.
+    When: pretrained relations between neurons must survive fine-tuning (images, subject-driven generation); rotations do not
+        change their angles.
     """
 
     block_size: int = positive(32)

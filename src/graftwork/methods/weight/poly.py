@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from graftwork.core.adapter import Part
 from graftwork.core.errors import GraftError
-from graftwork.core.fields import count, flag, number, positive, where, words
+from graftwork.core.fields import count, flag, number, positive, rank, where, words
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
@@ -41,9 +41,11 @@ class Poly(Method):
     gw.combine(model, "plain", {"multi": 1.0}) is its LoRA, exactly.
     Init: A_s kaiming-uniform (a = sqrt 5) per head, B zero, Z U(-1e-3, 1e-3).
     Parameters: skills r (in + out) + tasks splits skills per weight.
+    When: several tasks with labels are trained together and new ones adapted from few rows: skills are shared by learned
+        allocation.
     """
 
-    r: int = positive(8)
+    r: int = rank(8)
     skills: int = positive(4)
     splits: int = positive(1)
     tasks: tuple[str, ...] = words(("default",))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from graftwork.core.adapter import Part
 from graftwork.core.delta import WeightDelta
-from graftwork.core.fields import flag, fraction, number, positive, where
+from graftwork.core.fields import flag, fraction, number, positive, rank, where
 from graftwork.core.initial import kaiming_uniform, normal, zeros
 from graftwork.core.method import Method, method
 from graftwork.core.plan import Host
@@ -38,9 +38,10 @@ class QLoRA(Method):
     costs is 4.127 bits a weight beside it. Where memory is what matters, load the backbone quantised and put a LoRA on it.
     `gw.quantisation_errors` says what quantising lost, and what it would lose again after a merge.
     Parameters: r (in + out) per weight.  Source: Dettmers et al. 2023, arXiv 2305.14314, section 3; artidoro/qlora.
+    When: the backbone does not fit into memory at 16 bits.
     """
 
-    r: int = positive(64)
+    r: int = rank(64)
     alpha: float = number(16.0)
     dropout: float = fraction(0.1)
     block: int = positive(64)

@@ -37,6 +37,7 @@ class RoAd(Method):
     group: g, even; it divides the outputs.
     Adapters that turn different features (the others at theta = 0, alpha = 1) commute, and can be trained apart.
     Parameters: out per weight for variant 1, 2 out for 2, 4 out for 4.  Source: Liao and Monz 2024, arXiv 2409.00119.
+    When: many users in one batch: elementwise work only, no products of matrices; and tasks that shall occupy separate features.
     """
 
     variant: str = choice("1", *EACH)

@@ -34,6 +34,7 @@ class SoKA(Method):
         the elbow of its spectrum, at most r_max.
     Stored: s, U, V and the first s; W_pr is computed from W again, which must have those singular values.
     Parameters: r (m1 n1 + out in / (m1 n1) + 1) per weight.  Source: arXiv 2506.15251; how r is picked is in part our reading.
+    When: a start in the weight's own Kronecker terms, for low-rank adaptation that begins faster.
     """
 
     r: int | None = positive(None)

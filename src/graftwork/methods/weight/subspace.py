@@ -30,6 +30,7 @@ class Subspace(Method):
     Identity at init (z = 0); mergeable. The entries of P are N(0, 1 / |theta|), so that its columns are of length 1 and nearly
     orthogonal; they are drawn on the CPU from `seed` and the names of the sites, and kept: k numbers for each adapted weight.
     Parameters: k in all.  Source: Li et al. 2018, eq. 2.
+    When: to measure how many dimensions a task has (`gw.intrinsic_dimension`), not to solve it cheaply.
     """
 
     k: int = positive(100)

@@ -37,6 +37,7 @@ class SURM(Method):
         training only.
     Init: a and h N(0, 0.02^2), A kaiming-uniform (a = sqrt 5); b, g and B zero.
     Parameters: 2 n; 2 n k with ldr; in + out with kronecker.
+    When: square projections on long sequences, where the count shall be linear in the width and products go by FFT.
     """
 
     kind: str = choice("circulant", *KINDS)

@@ -36,6 +36,7 @@ class TrainableTokens(Method):
     tokens: their ids.  at: an embedding, also the output layer ("embed, lm_head"). Sites that use one tensor (tied
     weights) share one V.
     Parameters: n d for every tensor.  Source: HF PEFT's TrainableTokensConfig; a row replaced, not added to.
+    When: a few new or special tokens must be learned, with the rest of the vocabulary untouched.
     """
 
     tokens: tuple[int, ...] = dataclasses.field(default=(), metadata={"check": _ids})

@@ -33,6 +33,7 @@ class VBLoRA(Method):
         keeps the logits, as does only_topk=False.
     Init: V U(-init_bound, init_bound), logits N(0, init_std^2). Mergeable.
     Parameters: vectors length + r (in + out) / length vectors per weight.  Source: Li et al. 2024, arXiv 2405.15179.
+    When: very many adapters must be stored: each is a choice out of one bank of vectors.
     """
 
     r: int = positive(4)

@@ -31,6 +31,7 @@ class VeRA(Method):
     uses the leading columns of A and the leading rows of B.  r: rank.  dropout: on the input of A, in training only.
     save_projection: store A and B with the vectors, instead of the seed alone.
     Parameters: out + r per weight.  Source: Kopiczko et al. 2023, arXiv 2310.11454, eq. 2 and section 3.2.
+    When: LoRA's files are too large by a factor of ten; its step costs products of a high rank with frozen matrices.
     """
 
     r: int = positive(256)
