@@ -37,6 +37,8 @@ class Method:
     replaces: its deltas hold values that stand in the place of the module's own (a head): these are one task's, and are not mixed.
     mixes_tasks: it learns something for each of its `tasks`, and the rows of one batch may have different ones.
     layered: its sites stand in layers, among which `layers` chooses.
+    sized_by: the hyper-parameters that a budget of parameters decides, in proportion where they are several; () where it is the first
+        number that `count` depends on.
     lr: the highest learning rate of AdamW where nobody gives one, on a backbone that is at most 384 wide (`gw.Adapter.groups`).
     """
 
@@ -49,6 +51,7 @@ class Method:
     replaces: ClassVar[bool] = False
     mixes_tasks: ClassVar[bool] = False
     layered: ClassVar[bool] = True
+    sized_by: ClassVar[tuple[str, ...]] = ()
     lr: ClassVar[float] = 2e-3
 
     at: str = dataclasses.field(default="", kw_only=True)

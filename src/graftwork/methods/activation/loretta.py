@@ -41,6 +41,8 @@ class LoRETTAAdp(Method):
     init: str = choice("zero", "zero", "released")
     at: str = where("attn, mlp | linear | conv")
 
+    sized_by = ("tt_rank",)
+
     @property
     def identity(self) -> bool:  # type: ignore[override]
         """No factor is zero in the released initial values."""

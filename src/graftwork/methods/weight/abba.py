@@ -43,6 +43,7 @@ class ABBA(Method):
     at: str = where("q, k, v, o, gate, up, down | q, k, v, o, up, down | linear | conv")
 
     mergeable = True
+    sized_by = ("r1", "r2")
 
     @property
     def s(self) -> float:

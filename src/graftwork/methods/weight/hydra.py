@@ -54,6 +54,7 @@ class Hydra(Method):
     at: str = where("o, down | linear | conv")
 
     mergeable = True
+    sized_by = ("r_parallel", "r_sequential")
 
     def __post_init__(self) -> None:
         super().__post_init__()

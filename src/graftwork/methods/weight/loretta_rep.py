@@ -42,6 +42,7 @@ class LoRETTARep(Method):
     at: str = where("q, v | linear | conv")
 
     mergeable = True
+    sized_by = ("tt_rank",)
 
     @property
     def identity(self) -> bool:  # type: ignore[override]
