@@ -9,7 +9,7 @@ import torch
 
 import graftwork as gw
 
-from .cases import Snapshot, calibrate, close, every, gradients, grafted, leave_init, loss, on, where
+from .cases import Snapshot, calibrate, close, dear, every, gradients, grafted, leave_init, loss, on, where
 from .hosts import BY_NAME, forward, fresh, output
 from .settings import CASES, Case
 
@@ -138,7 +138,7 @@ def test_generate_with_and_without_the_cache_agrees(case: Case):
     assert not torch.allclose(torch.stack(base.logits), torch.stack(cached.logits), atol=1e-5)
 
 
-@on("linear_wide", "encoder", "llama")
+@dear("linear_wide", "llama", "encoder")
 def test_compile_fullgraph_equals_eager(case: Case):
     torch.compiler.reset()
     inputs = case.host.inputs()
@@ -148,7 +148,7 @@ def test_compile_fullgraph_equals_eager(case: Case):
     close(output(compiled, inputs), eager)
 
 
-@on("linear_wide")
+@dear("linear_wide")
 def test_compiled_training_gives_the_same_gradients(case: Case):
     torch.compiler.reset()
     inputs = case.host.inputs()

@@ -44,6 +44,8 @@ def text(name: str) -> str:
         return (
             "moa_hetero(of=[lora(at='q, v'), bottleneck(reduction=4, at='mlp')])"  # the published experts want a gate
         )
+    if name == "qlora":
+        return "qlora(r=8)"  # the tiny model's weights have no rank of 64
     if name == "corda":
         return "corda(r=4, alpha=4)"  # the tiny model's layers have no 128 directions
     if name == "blackvip":

@@ -39,6 +39,7 @@ class AdaMix(Around):
     Identity and merging as the method inside (published: from torch's initial values of a linear layer; here U starts at zero).
     Parameters in training: with share="up" M (r d + r) + (r d + d) per bottleneck; in a file those of the method inside.
     Source: sections 3.1 to 3.3.
+    When: an adapter's capacity is what limits it, and inference may not become dearer: copies are trained and averaged into one.
     """
 
     of: Method = inner("bottleneck", d=16, at="down | linear | conv")

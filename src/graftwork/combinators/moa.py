@@ -41,6 +41,7 @@ class MoA(Method):
     Identity at init if the experts are. Not mergeable: w depends on the token. The attention must be that of the block's own tokens.
     Parameters: those of the experts, and per block d E + E, or 2 (d m E + m E) + m E E + E for m = mult, and d + 1 for a learned tau.
     Source: section 3.
+    When: one kind of method is not enough and which is best differs from token to token: LoRA, adapters and prompts as experts.
     """
 
     of: tuple[Method, ...] = inners(f"{LORAS} + {PROMPT} + {ADAPTER}")

@@ -26,6 +26,7 @@ def MoLA(
     top_k: k.  balance: weight of the sum over all weights of N_l sum_e f_e P_e, f the shares of the (token, choice) pairs.
     Identity at init (B_e = 0). Not mergeable, unless there is one expert everywhere.
     Parameters: sum over weights of N_l (r (in + out) + in).  Source: Gao et al. 2024, sections 3.1 and 3.2.
+    When: a mixture of LoRAs with a fixed number of experts, of which the upper layers shall have more.
     """
     (of,) = flatten(get("lora")(r=r, alpha=alpha, dropout=dropout))
     at = "q, k, v, o, gate, up, down | q, k, v, o, up, down | q, k, v, o, gate_up, down | linear"

@@ -37,6 +37,7 @@ class Ortho(Around):
     The model and what is stored are those of the method inside; frozen adapters have no L_ORT.
     The paper's own loss is a sum of cosines over layers and tokens; the square, whose least value is orthogonality, and the mean are ours.
     Parameters: those of the method inside.  Source: section 3.2.
+    When: two parts of an adapter shall learn different things (a language and a task): their outputs are kept orthogonal.
     """
 
     of: Method = inner("bottleneck")
@@ -134,6 +135,7 @@ def OrthoAdapters(
     weight, mode: of L_ORT; weight=0 is the adapter without. All four combinations are to be tried: which is best depends on both.
     at: "mlp.norm", for post-norm backbones (BERT, XLM-R); for pre-norm ones give at="mlp".
     Parameters: L (2 d m + m + d).  Source: Vidoni et al. 2020, section 3.
+    When: the published recipe of language and task adapters that are trained apart.
     """
     made = (
         get("mad_x_task")(reduction=reduction or 16)

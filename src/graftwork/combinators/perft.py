@@ -32,6 +32,7 @@ def PERFT(
     In the vendored code of the paper "R" takes the backbone's p in the place of q; here it is the formula.
     Identity at init (B, U zero). Not mergeable.
     Parameters per layer: R 2 M d r + M d (without G for M = 1), E 2 N d r for N experts, D 2 M d r, S 2 d r.  Source: section 3.
+    When: the backbone is itself a mixture of experts, and its routing shall be used or complemented.
     """
     if variant not in ("R", "E", "D", "S") or unit not in ("lora", "adapter"):
         asked = f"PERFT(variant={variant!r}, unit={unit!r})"

@@ -34,6 +34,7 @@ class Quantised(Method):
     them, so that the model starts near the backbone and not at it.
     Stored: `bits` per number, and mu and s in float32 for each matrix; gw.save(..., resume=True) keeps W, to train on.
     Parameters: those of the method inside.  Source: Jie et al. 2023, arXiv 2307.16867; JieShibo/PETL-ViT (binary_adapter).
+    When: any method's tensors shall be trained and stored in few bits.
     """
 
     of: Method = inner("lora")
@@ -83,6 +84,7 @@ def BiAdaptFormer(h: int = 32, bits: int = 1, scale: float = 0.1, dropout: float
     """x + MLP(x) + s_a W_u relu(W_d x) beside the MLP, W_d [h, d] and W_u [d, h] without biases, at `bits` bits a number.
 
     scale: s_a, searched in 0.01, 0.1, 1, 10.  Stored: 2 d h bits / 8 + 16 bytes per block.  Source: Jie et al. 2023.
+    When: thousands of adapters must be stored: a wide bottleneck at one bit takes the place of a narrow one in floats.
     """
     inside = get("bottleneck")(
         d=h, act="relu", position="parallel", scale=scale, dropout=dropout, bias=False, init="lora", at="mlp"
@@ -92,5 +94,8 @@ def BiAdaptFormer(h: int = 32, bits: int = 1, scale: float = 0.1, dropout: float
 
 @preset("bi_lora")
 def BiLoRA(r: int = 32, bits: int = 1, alpha: float = 32.0) -> list[Method]:
-    """LoRA on q and v whose A [r, d] and B [d, r] have `bits` bits a number.  Source: Jie et al. 2023."""
+    """LoRA on q and v whose A [r, d] and B [d, r] have `bits` bits a number.  Source: Jie et al. 2023.
+
+    When: as bi_adapter, where the result shall be merged.
+    """
     return [Quantised(of=get("lora")(r=r, alpha=alpha, at="q, v"), bits=bits)]  # type: ignore[arg-type]

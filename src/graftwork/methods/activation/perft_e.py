@@ -34,6 +34,7 @@ class PERFTE(Method):
     Sits where a module holds the weights of all experts and is called with the tokens, the choice and p (transformers' own); other weights
     of that module are left out.  Init: D kaiming-uniform (a = sqrt 5), U zero, the identity.  Not mergeable: E_i is not linear.
     Parameters per layer: E 2 d r for E experts.  Source: section 3.2.
+    When: adapters inside of the backbone's own experts, under its own router.
     """
 
     r: int = positive(8)

@@ -29,6 +29,7 @@ class KVPrompt(Method):
     length: n_kv.  dropout: on R, in training only.  Not the identity at init: keys take attention mass.
     Init: R U(-b, b), b = sqrt(6 / (length d_head)), Kaiming-uniform of each head's [length, d_head].
     Parameters: length d per attention.  Source: Han et al. 2023, section 3.2 (with the keys and values shared, as released).
+    When: the part of e2vpt that stands in keys and values.
     """
 
     length: int = positive(5)

@@ -41,6 +41,7 @@ class Laplacian(Method):
         "zero" leaves it out.  pool: in cross-attention, v and M are averaged along the keys to this many.
     Init: D, G Kaiming-uniform, U, biases and theta zero.  The probabilities are read without dropout, and stay what they are.
     Parameters per attention: 3 d m + 2 m + d + 1, and 1 more with train_p.
+    When: the part of p_adapter that re-weighs attention.
     """
 
     p: float = number(1.25, low=1.0)

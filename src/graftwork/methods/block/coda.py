@@ -41,6 +41,7 @@ class CoDA(Method):
     Decoders with cross-attention are left dense. The choice sees later tokens: generation with a key-value cache is refused elsewhere.
     Not the identity at init: the other tokens leave the block out.  Init: w U(-1/sqrt(d), 1/sqrt(d)), W_d kaiming-uniform, others zero.
     Raises GraftError for blocks without an attention module.  Parameters per block: 2 m d + m + d, and d.  Source: section 3.
+    When: long inputs and an encoder whose speed matters: most tokens skip the heavy layers, at some loss.
     """
 
     reduction: float = number(3.0, low=1.0)

@@ -47,6 +47,7 @@ class DAS(Method):
     Not the identity at init: k blocks are left out.  Raises GraftError where k is not below n, or blocks are convolutions.
     Parameters: n - k times (two adapters, 2 d adapter_width + adapter_width + d each), and k times 2 d skip_width + skip_width + 3 d.
     Source: section 3, and the released code.
+    When: a model shall become faster by leaving out whole blocks, and which ones is to be found by trying.
     """
 
     k: int = positive(4)

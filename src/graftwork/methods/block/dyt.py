@@ -33,6 +33,8 @@ class DyT(Method):
         b U(-1/sqrt(width), 1/sqrt(width)).
     Raises GraftError at a feed-forward that is no module of its own (BERT's), or has no norm in front.
     Parameters per block: 2 d width + d + width, and width + 1 of the dispatcher.  Source: section 3.
+    When: vision transformers that shall be adapted and faster at inference at once; tokens that matter less skip the feed-forward
+        layers.
     """
 
     d: int = positive(64)

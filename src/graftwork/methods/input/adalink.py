@@ -32,6 +32,8 @@ class AdaLink(Method):
         tower; for images in a language model name the last layer of the projector too, "embedded, /projector.linear_2$/".
     Init: D U(-1/sqrt(d), 1/sqrt(d)), U zero.
     Parameters: 2 d r for each modality, whatever the depth.
+    When: a multimodal or instruction model whose inside must stay untouched: only what enters it is adapted, as with prompts but
+        without their length.
     """
 
     r: int = positive(64)

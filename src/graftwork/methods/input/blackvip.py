@@ -45,6 +45,7 @@ class BlackVIP(Method):
     norm: "batch" has running statistics for evaluation; "instance" those of each image, in training too.
     Init: t U(0, 0.1); convolutions as torch has them.
     Parameters: src_dim - features + 9,120 at the defaults: 9,920.  Source: Oh et al. 2023, eq. 2 and 3.
+    When: the backbone is behind an interface: only its outputs for changed images are known, no gradients.
     """
 
     features: int = positive(768)

@@ -30,6 +30,7 @@ class PrunedVPT(Method):
     which goes back to the start of the training with them. Until then this is vpt(deep=True).
     drop: a token whose M_tok is 0 is taken out; otherwise, as published, it stands there as zeros, and takes attention mass.
     Init: as vpt.  Parameters: L num_tokens d, less what M prunes.  Source: Han et al. 2023, eq. 8 to 10.
+    When: the part of e2vpt that prunes prompts by importance.
     """
 
     num_tokens: int = positive(10)

@@ -32,6 +32,7 @@ class VPT(Method):
     Init: P U(-v, v), v = sqrt(6 / (3 h w + width of P)) for patches of h x w pixels of 3 colours; proj Kaiming-normal over its outputs.
     Parameters: deep L num_tokens d, shallow or shared num_tokens d; with project its width in the place of d, and project d + d more.
     Source: Jia et al. 2022, eq. 4 to 8.
+    When: vision transformers whose blocks must stay as they are: a few trained tokens, in the first layer or in all.
     """
 
     num_tokens: int = count(50)
