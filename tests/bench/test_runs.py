@@ -132,6 +132,8 @@ def test_published_numbers_stand_beside_ours_with_their_source(tmp_path: Path) -
     ("given", "found"),
     [
         ({"lrs": "a,b"}, "--lrs"),
+        ({"lrs": "x1,2e-3"}, "numbers and multiples"),
+        ({"lrs": "x0,x1"}, "--lrs"),
         ({"lrs": "0"}, "--lrs"),
         ({"seeds": 0}, "--seeds"),
         ({"tasks": None}, "neither --tasks nor --suite"),
@@ -141,3 +143,10 @@ def test_published_numbers_stand_beside_ours_with_their_source(tmp_path: Path) -
 def test_wrong_settings_are_refused(given: dict, found: str) -> None:
     with pytest.raises(GraftError, match=found):
         replace(SETTINGS, **given)
+
+
+def test_learning_rates_may_be_multiples_of_the_methods_own() -> None:
+    relative = replace(SETTINGS, lrs="x0.25,x1, x4")
+    assert relative.relative and relative.rates() == (0.25, 1.0, 4.0) and relative.rate(0.25) == "x0.25"
+    assert not SETTINGS.relative and SETTINGS.rate(1e-3) == "0.001"
+    assert BenchSettings("b", "out", tasks="one").relative

@@ -64,7 +64,7 @@ def _index(plan: Plan, rows: Sequence[Row], found: dict[tuple[str, str], Cell]) 
         parts += [
             f"<h2>{html.escape(task.name)}</h2>",
             f'<div class="wide">{panels(task, of)}</div>',
-            _task_table(task, of),
+            _task_table(plan, task, of),
         ]
         parts += [_published(plan, task)]
     parts += ["<h2>Failures</h2>", _failures(found), "<h2>Left out</h2>", _left_out(plan.entries)]
@@ -82,7 +82,8 @@ def _protocol(plan: Plan, rows: Sequence[Row]) -> str:
     failed = sum(r.state == FAILED for r in over)
     return (
         f"<p>Every method has the same backbone, rows, {length} of {s.batch} rows a step, the same learning rates to try "
-        f"({html.escape(s.lrs)}), once each on the dev rows, and the same budget of parameters ({html.escape(s.budget)}), for which its "
+        f"({html.escape(s.lrs)}{', x of its own default' if s.relative else ''}), once each on the dev rows, "
+        f"and the same budget of parameters ({html.escape(s.budget)}), for which its "
         f"size is solved. The best rate is run with {s.seeds} seeds and scored on the test rows, which nothing else has seen. "
         f"± is half of the 95% confidence interval of the mean over seeds (Student's t).</p><p>{tasks}.</p>"
         f'<p class="note">{len(over):,} runs, {failed:,} of them failed; {len(rows) - len(over):,} to do. Seconds and memory are '
@@ -138,14 +139,14 @@ def _order(task: Task, of: Iterable[Cell]) -> list[Cell]:
     return sorted(of, key=lambda c: (math.isnan(c.mean), sign * c.mean if c.scores else 0))
 
 
-def _task_table(task: Task, of: Sequence[Cell]) -> str:
+def _task_table(plan: Plan, task: Task, of: Sequence[Cell]) -> str:
     body = [
         (
             _link(c.entry.label),
             f"<code>{html.escape(c.entry.text)}</code>",
             _score(c),
             f"{c.entry.parameters:,}",
-            "–" if c.lr is None else f"{c.lr:g}",
+            plan.settings.rate(c.lr),
             _number(c.seconds, digits=1),
             _number(c.cpu, digits=1),
             _number(c.memory, 2**20),
@@ -213,7 +214,7 @@ def _method(plan: Plan, rows: Sequence[Row], found: dict[tuple[str, str], Cell],
         body = [
             (
                 "dev" if r.run.phase == "tune" else "test",
-                f"{r.run.lr:g}",
+                plan.settings.rate(r.run.lr),
                 r.run.seed,
                 f"{r.result['score']:.4f}" if r.state == DONE else r.state,
                 *(
@@ -249,6 +250,6 @@ def markdown(plan: Plan, found: dict[tuple[str, str], Cell]) -> str:
         ]
         for c in _order(task, [cell for (name, _), cell in found.items() if name == task.name]):
             cost = (_number(c.seconds, digits=1), _number(c.memory, 2**20), _number(c.bytes, 1e3))
-            lr = "–" if c.lr is None else f"{c.lr:g}"
+            lr = plan.settings.rate(c.lr)
             lines.append(f"| `{c.entry.label}` | {_score(c)} | {c.entry.parameters:,} | {lr} | {' | '.join(cost)} |")
     return "\n".join(lines) + "\n"

@@ -44,8 +44,9 @@ class BenchSettings:
     )
     seeds: int = option("runs of each method and task, at its best learning rate", default=3, check=at_least(1))
     lrs: str = option(
-        "learning rates that each method tries on the dev rows, once each; the best one is taken for all seeds",
-        default="5e-4,2e-3,8e-3",
+        "learning rates that each method tries on the dev rows, once each; the best one is taken for all seeds. x0.5 is half of the "
+        "method's own default, 5e-4 the same for all",
+        default="x0.25,x1,x4",
         check=given,
         metavar="NUMBERS",
     )
@@ -92,14 +93,26 @@ class BenchSettings:
             raise GraftError("a bench", "neither --tasks nor --suite", "name some, e.g. --tasks sst2,subj,digits")
 
     def rates(self) -> tuple[float, ...]:
-        """The learning rates that are tried. GraftError where they are none."""
+        """The learning rates that are tried, or multiples of the methods' own (`relative`). GraftError where they are neither."""
+        parts = [part.strip() for part in self.lrs.split(",")]
         try:
-            rates = tuple(dict.fromkeys(float(part) for part in self.lrs.split(",")))
+            rates = tuple(dict.fromkeys(float(part.removeprefix("x")) for part in parts))
         except ValueError:
             rates = ()
-        if not rates or not all(0 < rate < float("inf") for rate in rates):
-            raise GraftError(f"--lrs {self.lrs}", "not numbers above 0", "give them joined with commas: 5e-4,2e-3")
+        alike = len({part.startswith("x") for part in parts}) == 1
+        if not rates or not alike or not all(0 < rate < float("inf") for rate in rates):
+            found = "numbers and multiples" if rates and not alike else "not numbers above 0"
+            raise GraftError(f"--lrs {self.lrs}", found, "give them joined with commas: 5e-4,2e-3, or x0.25,x1,x4")
         return rates
+
+    @property
+    def relative(self) -> bool:
+        """Whether learning rates are multiples of the methods' own."""
+        return self.lrs.strip().startswith("x")
+
+    def rate(self, lr: float | None) -> str:
+        """A learning rate for people."""
+        return "–" if lr is None else f"{'x' if self.relative else ''}{lr:g}"
 
     def identity(self) -> dict[str, Any]:
         """What decides the result of a run: all calls on one file must agree on it."""

@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +191,8 @@ class _Work:
             label=source.label,
             max_length=settings.max_length,
         )
-        fit = FitSettings(epochs=settings.epochs, steps=settings.steps, batch=settings.batch, lr=run.lr, seed=run.seed)
+        fit = FitSettings(epochs=settings.epochs, steps=settings.steps, batch=settings.batch, seed=run.seed)
+        fit = replace(fit, lr_factor=run.lr) if settings.relative else replace(fit, lr=run.lr)
         return job(task.backbone, folder / "adapter", task.metric, run.text, data, fit, folder / "result.json")
 
 
