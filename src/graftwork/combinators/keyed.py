@@ -5,7 +5,6 @@ Philip et al. 2020, "Monolingual Adapters for Zero-Shot Neural Machine Translati
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 
@@ -18,13 +17,13 @@ from graftwork.core.fields import inner, text, words
 from graftwork.core.method import Method, flatten, get, method, preset
 from graftwork.core.site import Site
 
-from .inherit import inherit
+from .inherit import Around
 from .named import KeyedDelta, KeyedWeight, Named
 
 
 @method("keyed")
 @dataclass(frozen=True)
-class Keyed(Method):
+class Keyed(Around):
     """Delta_n, n what gw.context(model, BY=n) says: one delta per name at every site; the others neither run nor learn.
 
     of: the method inside.  names: of its copies (not needed in the context where there is one).
@@ -41,24 +40,10 @@ class Keyed(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        inherit(self, self.of)
         if not self.names or len(set(self.names)) < len(self.names):
             raise GraftError(f"Keyed(names={self.names!r})", "no name, or one twice", "give each name once")
         if not self.by.isidentifier():
             raise GraftError(f"Keyed(by={self.by!r})", "not a word", "give one, as in gw.context(model, source=...)")
-        if self.of.needs:
-            found = f"it needs {' and '.join(self.of.needs)} of its own"
-            raise GraftError(f"Keyed(of={self.of})", found, "choose a method without")
-
-    @property
-    def identity(self) -> bool:  # type: ignore[override]
-        """As the method inside."""
-        return self.of.identity
-
-    @property
-    def mergeable(self) -> bool:  # type: ignore[override]
-        """As the method inside."""
-        return self.of.mergeable
 
     def build(self, site: Site, part: Part) -> Delta | None:
         built = [self.of.build(site, part) for _ in self.names]
@@ -72,9 +57,6 @@ class Keyed(Method):
 
     def count(self, site: Site) -> int:
         return len(self.names) * self.of.count(site)
-
-    def count_shared(self, sites: Sequence[Site]) -> int:
-        return self.of.count_shared(sites)
 
     def fold(self, part: Part) -> tuple[Method, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
         """The stored form of the method inside, for each name."""

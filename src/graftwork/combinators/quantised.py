@@ -6,7 +6,6 @@ Bi-LoRA), section 4.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,12 +18,12 @@ from graftwork.core.method import Method, get, method, preset
 from graftwork.core.site import Site
 
 from .coded import Coded, CodedDelta, CodedWeight
-from .inherit import inherit
+from .inherit import Around
 
 
 @method("quantised")
 @dataclass(frozen=True)
-class Quantised(Method):
+class Quantised(Around):
     """s q + mu in the place of every matrix W of the method inside,  mu = mean(W), s = std(W) (unbiased),
     q = the level nearest to (W - mu) / (s + 1e-5), of 2^bits levels.  Vectors (biases, norms) stay as they are.
 
@@ -45,15 +44,8 @@ class Quantised(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        inherit(self, self.of)
-        if self.of.needs or self.bits > 8 or not self.std:
-            found = f"{self.of.name} needs {self.of.needs}" if self.of.needs else f"bits={self.bits}, std={self.std}"
-            raise GraftError(f"Quantised(of={self.of})", found, "give another method, 1 to 8 bits and std above 0")
-
-    @property
-    def mergeable(self) -> bool:  # type: ignore[override]
-        """As the method inside."""
-        return self.of.mergeable
+        if self.bits > 8 or not self.std:
+            raise GraftError(f"{self}", f"bits={self.bits}, std={self.std}", "give 1 to 8 bits and std above 0")
 
     def build(self, site: Site, part: Part) -> Delta | None:
         delta = self.of.build(site, part)
@@ -64,12 +56,6 @@ class Quantised(Method):
             delta.place(site.key, site.weight)
         made.setup(delta, self.bits, self.std)
         return made
-
-    def count(self, site: Site) -> int:
-        return self.of.count(site)
-
-    def count_shared(self, sites: Sequence[Site]) -> int:
-        return self.of.count_shared(sites)
 
     def rate(self, tensor: str) -> float:
         return self.of.rate(tensor.removeprefix("delta."))

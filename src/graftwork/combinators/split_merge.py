@@ -6,7 +6,6 @@ section 3; Theia-4869/MoSA. Its loss is `graftwork.objectives.mosa`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,13 +21,13 @@ from graftwork.core.site import Site
 from graftwork.core.swap import swapped
 from graftwork.sites.anatomy import Anatomy
 
-from .inherit import inherit
+from .inherit import Around
 from .split import Split, SplitDelta, SplitWeight, layers_of
 
 
 @method("split_merge")
 @dataclass(frozen=True)
-class SplitMerge(Method):
+class SplitMerge(Around):
     """W_i = W_0 + M_i * D_i in the place of a matrix W of the method inside, i of 1 ... copies; the masks M_i in {0, 1} are random,
     do not overlap, cover W, and differ by one entry in size at most.
 
@@ -46,23 +45,6 @@ class SplitMerge(Method):
     copies: int = positive(4)
     share: str = choice("down", "down", "none")
     merge: str = choice("add", "add", "joint")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        inherit(self, self.of)
-        if self.of.needs:
-            found = f"it needs {' and '.join(self.of.needs)} of its own"
-            raise GraftError(f"SplitMerge(of={self.of})", found, "split a method without")
-
-    @property
-    def identity(self) -> bool:  # type: ignore[override]
-        """As the method inside."""
-        return self.of.identity
-
-    @property
-    def mergeable(self) -> bool:  # type: ignore[override]
-        """As the method inside."""
-        return self.of.mergeable
 
     def build(self, site: Site, part: Part) -> Delta | None:
         delta = self.host(site, part)
@@ -92,9 +74,6 @@ class SplitMerge(Method):
             return 0
         biases = [delta.get_parameter(bias).numel() for bias in layers_of(delta, self.share).values() if bias]
         return self.of.count(site) + (self.copies - 1) * sum(biases)
-
-    def count_shared(self, sites: Sequence[Site]) -> int:
-        return self.of.count_shared(sites)
 
     @torch.no_grad()
     def fold(self, part: Part) -> tuple[Method, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
