@@ -42,6 +42,7 @@ class LoRETTAAdp(Method):
     at: str = where("attn, mlp | linear | conv")
 
     sized_by = ("tt_rank",)
+    lr = 5e-3
 
     @property
     def identity(self) -> bool:  # type: ignore[override]

@@ -54,6 +54,11 @@ class Prefix(Method):
 
     identity = False
 
+    @property
+    def lr(self) -> float:  # type: ignore[override]
+        """Numbers that nothing rescales move little by little: without an MLP they need a higher rate."""
+        return 25 * Method.lr if self.reparam == "flat" else Method.lr
+
     def build(self, site: Site, part: Part) -> Delta:
         if site.role == "entry":
             return Shift(self.length, site)

@@ -43,6 +43,7 @@ class LoRETTARep(Method):
 
     mergeable = True
     sized_by = ("tt_rank",)
+    lr = 1e-2
 
     @property
     def identity(self) -> bool:  # type: ignore[override]
