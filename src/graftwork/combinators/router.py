@@ -27,7 +27,7 @@ class Router(nn.Module):
 
     def __init__(self, method: Mixture, site: Site) -> None:
         super().__init__()
-        like = next(site.module.parameters())
+        like = site.like
         self.weight = parameter((method.experts, method.dim(site)), normal(method.router_std), like)
         self.top_k, self.balance, self.z_loss = method.top_k, method.balance, method.z_loss
         self.heads = method.heads(site)

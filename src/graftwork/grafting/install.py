@@ -22,6 +22,7 @@ from ..core.errors import GraftError
 from ..core.grafted import Graft, Grafted, arm, armed, disarm
 from ..core.passes import Runtime
 from ..core.plan import Plan, read_path
+from ..core.quantised import hold_open, let_close
 from ..core.site import Site
 from ..expressions.mixed import MixedWeight, through
 from ..sites.body import Body
@@ -79,6 +80,7 @@ def plant(model: nn.Module, adapter: Adapter, body: Body) -> Root:
     if not is_grafted(model):
         root = Root(Runtime(), body)
         root.thawed = [name for name, p in body.parameters.items() if p.requires_grad]
+        root.opened = [m for m in body.modules.values() if hold_open(m)]
         root.mask_at = _mask_position(model)
         root.statistics = {
             path for path, m in body.modules.items() if isinstance(m, _BatchNorm) and m.track_running_stats
@@ -121,6 +123,8 @@ def uproot(model: nn.Module, name: str) -> None:
     if not root.adapters:
         disarm_all(model)
         del model.graft
+        for module in root.opened:
+            let_close(module)
         names = set(root.thawed)
         for parameter_name, p in model.named_parameters():
             if parameter_name in names:

@@ -43,6 +43,12 @@ def merge(model: nn.Module) -> None:
                         f"{part.method.name} at {delta.key} changes activations, not a weight",
                         f"activate only methods that can be merged, or run {name!r} unmerged",
                     )
+                if delta.view.codes is not None and delta.view.name in delta.names():
+                    raise GraftError(
+                        f"merge {expression}",
+                        f"the backbone holds the weight of {delta.key} quantised, and would round what is written into it",
+                        f"save {name!r} (gw.save), load it on the backbone loaded unquantised, and merge there",
+                    )
     merged: list[tuple[nn.Module, str, nn.Parameter | None]] = []
     for module in root.armed:
         plan: Plan | None = module._armed.plan  # type: ignore[union-attr, assignment]

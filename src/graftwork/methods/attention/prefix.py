@@ -60,7 +60,7 @@ class Prefix(Method):
         d_k, d_v = widths(site)
         if self.reparam == "flat":
             return PrefixDelta(self, site, d_k, d_v)
-        like = next(site.module.parameters())
+        like = site.like
         shared = part.shared(kind_of(site), lambda: Embedding(self, site.d, like))
         return PrefixDelta(self, site, d_k, d_v, shared)
 
@@ -109,7 +109,7 @@ class PrefixDelta(Delta):
 
     def __init__(self, method: Prefix, site: Site, d_k: int, d_v: int, shared: Embedding | None = None) -> None:
         super().__init__()
-        like = next(site.module.parameters())
+        like = site.like
         self.split, self.dropout = [d_k, d_v], method.dropout
         self._shared = () if shared is None else (shared,)
         self.gate: nn.Module | None = None

@@ -45,7 +45,7 @@ class Rung(Delta):
 
     def __init__(self, method: Ladder, site: Site, trail: str, memory: Memory) -> None:
         super().__init__()
-        d, thin, like = site.d, site.d // method.r, next(site.module.parameters())
+        d, thin, like = site.d, site.d // method.r, site.like
         self.method, self.trail, self._memory = method, trail, (memory,)
         self.names = list(inspect.signature(site.module.forward).parameters)
         self.first = Line(d, thin, like) if site.layer == 0 else None
@@ -93,7 +93,7 @@ class Top(Delta):
 
     def __init__(self, method: Ladder, site: Site, trail: str, memory: Memory) -> None:
         super().__init__()
-        d, thin, like = site.d, site.d // method.r, next(site.module.parameters())
+        d, thin, like = site.d, site.d // method.r, site.like
         self.method, self.trail, self._memory = method, trail, (memory,)
         self.weight = parameter((thin,), ones, like)
         self.bias = parameter((thin,), zeros, like) if len(norm_parts(site.module)) > 1 else None
