@@ -242,6 +242,17 @@ def test_expressions_are_those_on_the_dequantised_backbone(expression: str, load
     torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
 
 
+def test_values_and_counts_are_those_on_the_dequantised_backbone(load: Load) -> None:
+    model = load("nf4")
+    seen = []
+    for m in (model, twin(model, load)):
+        stir(gw.graft(m, "dora(r=4)", name="a", seed=0))
+        stir(gw.graft(m, "lora(r=4)", name="b", seed=1))
+        seen.append((gw.similarity(m, "a", "b"), str(gw.summary(m))))
+    assert seen[0][0].sites == pytest.approx(seen[1][0].sites, rel=1e-4)
+    assert seen[0][1] == seen[1][1]
+
+
 def test_one_whole_weight_for_each_row_is_refused(load: Load) -> None:
     model = load("nf4")
     for name in "ab":
@@ -284,11 +295,14 @@ def test_memory(load: Load) -> None:
         model = load(form)
         saving = linear * (4 - rate)
         assert held(model) == pytest.approx(plain - saving, rel=0.01)
-        adapter = gw.graft(model, "lora(r=4)", name="a")
+        adapter = gw.graft(model, "dora(r=4)", name="a")
         train(model, adapter, 2)
         logits(model)
         own = sum(p.nbytes for p in adapter.parameters())
-        assert held(model) == pytest.approx(plain - saving + own, rel=0.01)  # nothing is kept in float32 beside it
+        assert held(model) == pytest.approx(plain - saving + own, rel=0.01)
+        plans = [m._armed.plan for _, m in quantised(model) if "_armed" in m.__dict__]
+        assert sum(plan is not None for plan in plans) == 10  # q, k, v, up and down of two blocks
+        assert not any(plan._kept for plan in plans if plan is not None)  # a float backbone's inference keeps W'
 
 
 def test_tensors_that_hide_their_codes(load: Load) -> None:

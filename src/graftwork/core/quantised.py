@@ -18,7 +18,7 @@ from .errors import GraftError
 
 def is_codes(t: Tensor) -> bool:
     """Whether a tensor is made of codes: its numbers are not real ones, or those that it shows are not what it holds."""
-    return not t.is_floating_point() or type(t).dequantize is not Tensor.dequantize
+    return not (t.is_floating_point() or t.is_complex()) or type(t).dequantize is not Tensor.dequantize
 
 
 def is_quantised(module: nn.Module, name: str) -> bool:

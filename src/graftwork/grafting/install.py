@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core.adapter import Adapter, Part
@@ -70,9 +70,9 @@ def check_free(model: nn.Module, body: Body) -> None:
             )
 
 
-def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The backbone's own parameters by name, each once."""
-    yield from body_of(model).parameters.items()
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The backbone's own parameters by name, each once, as in `Body.numbers`."""
+    yield from body_of(model).numbers.items()
 
 
 def plant(model: nn.Module, adapter: Adapter, body: Body) -> Root:

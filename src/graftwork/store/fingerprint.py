@@ -8,16 +8,13 @@ while a half-precision copy of the same weights is not. Of weights that are held
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.quantised import is_quantised
-from ..core.weight import weight_of
 from ..grafting.root import body_of, is_grafted, root_of
 from ..sites.body import Body
 
@@ -87,7 +84,7 @@ def of_body(body: Body) -> Fingerprint:
     model = body.modules[""]
     apart = {site.path for site in body.anatomy.sites if site.role in APART}
     merged = _before_merging(model)
-    every = [(name, merged.get(id(p), p)) for name, p in _numbers(body)]
+    every = [(name, merged.get(id(p), p)) for name, p in body.numbers.items()]
     frame = sorted((name, p) for name, p in every if name.rpartition(".")[0] not in apart) or sorted(every)
     text = "\n".join(f"{name} {list(p.shape)}" for name, p in frame)
     return Fingerprint(
@@ -97,14 +94,6 @@ def of_body(body: Body) -> Fingerprint:
         structure=hashlib.sha256(text.encode()).hexdigest(),
         probe=_probe(frame),
     )
-
-
-def _numbers(body: Body) -> Iterator[tuple[str, Tensor]]:
-    """The parameters by name; one that is held in few bits as its shape, and numbers that differ from none (NaN)."""
-    for name, p in body.parameters.items():
-        path, _, leaf = name.rpartition(".")
-        module = body.modules[path]
-        yield name, torch.tensor(math.nan).expand(weight_of(module).shape) if is_quantised(module, leaf) else p
 
 
 def _before_merging(model: nn.Module) -> dict[int, Tensor]:
