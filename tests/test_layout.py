@@ -31,7 +31,8 @@ BELOW: dict[str, set[str]] = {
     "values": {*GRAFT, "methods", "combinators", "store"},
 }
 BELOW["train"] = {*GRAFT, *BELOW} - {"train"}
-BELOW["cli"] = {*BELOW, "train"}
+BELOW["bench"] = {*BELOW, "train"}
+BELOW["cli"] = {*BELOW, "bench"}
 LIMITS = {**dict.fromkeys(GRAFT, 300), "methods": 150, "combinators": 150, "formats": 200, "values": 200, "cli": 120}
 
 

@@ -29,6 +29,18 @@ def on(*hosts: str) -> pytest.MarkDecorator:
     return where(lambda case: case.host.name in hosts)
 
 
+def dear(*hosts: str) -> pytest.MarkDecorator:
+    """The cases on these hosts, of a test that takes seconds: of each method one, on the first of the hosts that it is tried on, is
+    among the quick tests; the others are run by `make slow`."""
+    chosen = sorted((case for case in CASES if case.host.name in hosts), key=lambda case: hosts.index(case.host.name))
+    first: dict[str, Case] = {}
+    for case in chosen:
+        first.setdefault(case.name, case)
+    quick = {str(case) for case in first.values()}
+    marked = [pytest.param(case, marks=() if str(case) in quick else pytest.mark.slow) for case in chosen]
+    return pytest.mark.parametrize("case", marked, ids=str)
+
+
 def grafted(case: Case, name: str = "a", noise: bool = True, model: nn.Module | None = None) -> tuple[nn.Module, Any]:
     """The case's model with its adapter, by default away from its initial values."""
     model = fresh(case.host) if model is None else model

@@ -66,12 +66,31 @@ class SelfAttention(nn.Module):
         return self.last(h + self.attn(h, h, h, need_weights=False)[0])
 
 
+class ConvNet(nn.Module):
+    """Convolutions, each with a batch norm behind it, whose statistics are not those of the start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv, self.last_norm = nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.pool, self.head = nn.AdaptiveAvgPool2d(1), nn.Linear(16, 5)
+        for norm in (self.norm, self.last_norm):
+            norm.running_mean.normal_(0.0, 0.3)
+            norm.running_var.uniform_(0.5, 1.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.norm(self.stem(x)))
+        h = torch.relu(self.last_norm(self.conv(h)))
+        return self.head(self.pool(h).flatten(1))
+
+
 @dataclass(frozen=True)
 class Host:
     """A kind of module that a method can sit on.
 
     make: the model, with its random weights;  inputs: of a batch of 3;  at: the sites, None for the method's default;
     whole: a model with repeated blocks;  calls: the sites are called as modules (not read around).
+    asked: only settings that name it are tried on it.
     """
 
     name: str
@@ -80,6 +99,7 @@ class Host:
     at: str | None = None
     whole: bool = False
     calls: bool = True
+    asked: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -255,6 +275,7 @@ HOSTS = [
     Host("llama", llama, tokens(48, 7), whole=True),
     Host("t5", t5, tokens(48, 7, **DECODER), whole=True),
     Host("gpt2", gpt2, tokens(48, 7), whole=True),
+    Host("convnet", ConvNet, floats(3, 3, 7, 8), asked=True),
     Host("vit", vit, floats(3, 3, 8, 8, name="pixel_values"), whole=True),
 ]
 BY_NAME = {host.name: host for host in HOSTS}

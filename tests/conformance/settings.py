@@ -307,8 +307,60 @@ SETTINGS: dict[str, list[Setting]] = {
         Setting({"side": "output"}, "output", True, hosts="linear_wide conv2d bert llama"),
     ],
     "bitfit": [Setting(identity=True, refuses="linear_wide embedding experts llama t5")],
+    "ssf": [
+        Setting(
+            identity=True,
+            refuses="experts",
+            adds_biases=True,
+            hosts=f"{LAYERS} encoder bert gpt2 vit",
+        ),
+        Setting({"at": "linear"}, "linear", True, adds_biases=True, hosts="llama t5"),  # norms without bias: not merged
+    ],
+    "token_bias": [
+        Setting(identity=True, refuses="embedding experts", adds_biases=True, lr=0.2),
+        Setting({"reads_from": "output", "share_alpha": True}, "output", True, adds_biases=True, hosts="conv2d bert"),
+    ],
+    "r_adapter": [
+        Setting({"p": 0.0, "momentum": 0.5}, identity=True, refuses=""),
+        Setting({"r": 3, "p": 0.0, "momentum": 0.0}, "low rank", True, hosts="linear_wide conv2d bert"),
+    ],
     "ln_tuning": [Setting(identity=True, refuses=LAYERS, from_weight=True)],
     "loreft": [Setting({"r": 2, "positions": "p2+s2"}, refuses=NOT_ACTIVATIONS)],
+    "adaptable_adapters": [
+        # with switches, training draws: tests/systems has them
+        Setting({"d": 5, "switch": False, "rational": "gelu"}, identity=False, refuses=NOT_ACTIVATIONS),
+        Setting({"d": 5, "switch": False, "init": "lora"}, "lora", True, hosts="bert"),
+    ],
+    "vl_pet_encoder": [
+        Setting(
+            {"d": 6, "heads": 2, "gate_dim": 5},
+            identity=False,
+            refuses=f"conv2d conv2d_reflect embedding {NOT_ACTIVATIONS}",
+        ),
+        Setting({"d": 6, "heads": 2, "gate": "small"}, "small", False, caches=False, hosts="bert vit"),
+    ],
+    "conv_adapter": [
+        Setting(identity=False, hosts="conv2d conv2d_reflect convnet"),
+        Setting({"init": "zero_up", "position": "sequential"}, "sequential", True, hosts="conv2d"),
+    ],
+    # batch statistics differ from the running ones that evaluation uses, and what both modes compute is compared
+    "batch_norm": [
+        Setting({"statistics": "running"}, identity=True, hosts="convnet", from_weight=True, stored=2),
+    ],
+    "series_conv": [
+        Setting(
+            {"statistics": "running", "init": "zero"},
+            identity=True,
+            hosts="conv2d conv2d_reflect convnet",
+            adds_biases=True,
+            stored=1.2,
+        ),
+        Setting({"statistics": "running", "skip": "u"}, "u", False, hosts="convnet", adds_biases=True, stored=1.2),
+    ],
+    "parallel_conv": [
+        Setting({"init": "zero"}, identity=True, hosts="conv2d conv2d_reflect convnet", refuses="conv2d_reflect"),
+        Setting({"r": 3}, "low rank", False, hosts="conv2d convnet"),
+    ],
     "phm": [
         Setting({"d": 8}, refuses=NOT_ACTIVATIONS),
         Setting({"d": 8, "position": "sum", "at": "mlp"}, "sum", False, hosts=PRE_NORM),
@@ -317,11 +369,53 @@ SETTINGS: dict[str, list[Setting]] = {
         Setting({"length": 3, "mid": 8}, identity=False, refuses=NOT_ATTENTION),
         Setting({"length": 3, "reparam": "flat"}, "plain", identity=False, hosts="bert llama t5"),
     ],
+    "laplacian": [
+        Setting({"reduction": 2, "mu0": 2.0}, identity=True, exact=False, refuses=LAYERS),
+        Setting({"reduction": 2, "graph": "bipartite", "train_p": True, "pool": 2}, "bipartite", True, hosts="bert t5"),
+    ],
+    "kv_prompt": [Setting({"length": 3}, identity=False, refuses=NOT_ATTENTION)],
     "llama_adapter": [Setting({"length": 3}, identity=True, exact=False, refuses=NOT_ATTENTION)],
     "prompt": [Setting({"length": 3}, identity=False, refuses=f"{LAYERS} encoder vit")],
+    "vpt": [
+        Setting({"num_tokens": 3, "dropout": 0.0}, identity=False, refuses=f"{LAYERS} bert llama t5 gpt2"),
+        Setting({"num_tokens": 3, "dropout": 0.0, "deep": False, "project": 5}, "shallow", False, hosts="encoder vit"),
+    ],
+    "pruned_vpt": [
+        Setting(
+            {"num_tokens": 3, "segments": 4, "dropout": 0.0}, identity=False, refuses=f"{LAYERS} bert llama t5 gpt2"
+        ),
+    ],
+    "blackvip": [  # a norm over the batch is another function in training
+        Setting(
+            {"features": 12, "src_dim": 128, "grid": 2, "stages": 2, "encoder": "pixels", "norm": "instance"},
+            identity=False,
+            refuses=f"{LAYERS} encoder bert llama t5 gpt2",
+        ),
+    ],
+    "adalink": [  # where a whole module embeds, a linear one has no weight to fold into
+        Setting({"r": 3}, identity=True, hosts=f"{LAYERS} t5 vit encoder", refuses="encoder"),
+        Setting({"r": 3, "act": "gelu"}, "gelu", True, hosts="linear_wide conv2d bert gpt2 llama"),
+    ],
     "invertible": [
         Setting(identity=False, refuses=f"{LAYERS} encoder vit"),
         Setting({"coupling": "glow", "act": "tanh"}, "glow", False, hosts="bert t5 llama gpt2"),
+    ],
+    "read": [
+        Setting({"d": 6}, identity=True, refuses=LAYERS),
+        Setting({"d": 6, "joiner": True, "agg": "last"}, "joiner", True, hosts="bert llama", caches=False),
+        Setting({"d": 6, "cell": "lstm", "start": "embedding"}, "lstm", True, hosts="bert t5"),
+    ],
+    "k_adapter": [
+        Setting(
+            {"states": "0,-1", "d": 8, "depth": 1, "heads": 2, "d_ff": 16, "init_std": 0.2},
+            identity=False,
+            refuses=LAYERS,
+            caches=False,
+        ),
+    ],
+    "s2a_side": [
+        Setting({"r": 4}, identity=True, refuses=f"{LAYERS} llama t5 gpt2"),
+        Setting({"r": 4, "pool": False, "bits": 8}, "tokens", True, hosts="llama t5 vit"),
     ],
     "ladder": [Setting({"r": 3, "drop": 0}, refuses=LAYERS)],
     "generated": [
@@ -329,12 +423,25 @@ SETTINGS: dict[str, list[Setting]] = {
             {"of": REGISTRY["bottleneck"](d=3), "task_dim": 4, "hidden": 16, "proj": 4}, False, refuses=NOT_ACTIVATIONS
         )
     ],
+    "perft_e": [Setting({"r": 3}, identity=True, hosts="experts")],
     "mixture": [
         # read around the module, its weight is refused with the reason: it differs from token to token
         Setting(
             {"of": REGISTRY["lora"](r=2), "experts": 3},
             hosts=f"linear_square linear_wide conv1d conv2d embedding packed_qkv multihead {MODELS}",
             refuses="conv2d embedding multihead encoder",
+        ),
+        Setting(
+            {"of": REGISTRY["lora"](r=2), "experts": (2, 3), "top_k": 2, "renormalise": True, "balance": 1e-3},
+            "by depth",
+            True,
+            hosts="llama t5",
+        ),
+        Setting(
+            {"of": REGISTRY["bottleneck"](d=4, position="parallel", at="mlp"), "router": "input", "top_k": 2},
+            "input",
+            hosts="t5 vit",
+            thin=("experts",),
         ),
     ],
     "gated": [
@@ -359,11 +466,95 @@ SETTINGS: dict[str, list[Setting]] = {
             {"of": REGISTRY["prefix"](length=3, reparam="mlp", mid=8)}, "mlp", False, caches=False, hosts="bert llama"
         ),
     ],
+    "keyed": [
+        Setting({"of": REGISTRY["bottleneck"](d=5)}, refuses=NOT_ACTIVATIONS),
+        Setting({"of": REGISTRY["lora"](r=2)}, "lora", hosts="conv2d bert"),
+    ],
+    "split_merge": [
+        # a copy that was not drawn gets no gradient
+        Setting(
+            {"of": REGISTRY["bottleneck"](d=5), "copies": 2}, hosts=f"linear_square conv2d {MODELS}", thin=("values",)
+        ),
+        Setting({"of": REGISTRY["lora"](r=2), "share": "none"}, "lora", hosts="bert", thin=("values",)),
+    ],
+    "coda": [
+        Setting(
+            {"m": 12, "eps": 1.0, "reduction": 1.5},
+            identity=False,
+            hosts="packed_qkv encoder bert llama vit",
+            refuses="packed_qkv",
+            caches=False,
+            thin=("layer.1:block/weight",),  # where the first token is not among the chosen
+        ),
+        Setting(
+            {"m": 12, "eps": 1.0, "reduction": 2.0, "attention": "k-to-k", "solver": "exact"},
+            "k-to-k",
+            False,
+            hosts="bert gpt2",
+            caches=False,
+        ),
+        Setting({"m": 12, "eps": 1.0, "reduction": 1.5}, "encoder", False, hosts="t5"),
+    ],
+    "das": [
+        # one of two blocks is left out: what stands in for the other has no part in a pass, nor have the adapters in this one
+        Setting(
+            {"k": 1, "skip_width": 4, "adapter_width": 5, "turns": 2},
+            identity=False,
+            hosts="encoder bert llama gpt2 vit",
+            stored=3,
+            thin=("",),
+        ),
+        Setting({"skip_width": 4, "adapter_width": 5, "blocks": ("1",)}, "known", False, hosts="packed_qkv llama vit"),
+        Setting({"skip_width": 4, "adapter_width": 5, "blocks": ("decoder.1",)}, "tower", False, hosts="t5"),
+    ],
+    "dyt": [
+        # without draws: what a training pass computes is compared with another one
+        Setting({"d": 5, "dropout": 0.0, "stochastic": False}, identity=False, refuses=f"{LAYERS} encoder bert"),
+        Setting({"d": 5, "dropout": 0.0, "stochastic": False, "keep": 0}, "all", False, hosts="vit llama"),
+    ],
     "adapter_drop": [
         # of two layers the first has none in half of the passes
         Setting({"of": REGISTRY["bottleneck"](d=5)}, hosts=MODELS, thin=("0",)),
         Setting({"of": REGISTRY["lora"](r=2)}, "lora", hosts=MODELS, thin=("0",)),
         Setting({"of": REGISTRY["prefix"](length=2, reparam="mlp", mid=8)}, "prefix", False, hosts="bert", thin=("0",)),
+    ],
+    "moa_hetero": [
+        Setting(identity=True, hosts="llama linear_square", refuses="linear_square"),
+        Setting(
+            {
+                "of": [REGISTRY["lora"](r=2, at="self.q, self.v"), REGISTRY["bottleneck"](d=4, at="mlp", init="bert")],
+                "router": "swiglu",
+                "sparse": True,
+                "shifted": True,
+                "max_threshold": 0.8,
+            },
+            "sparse",
+            False,
+            hosts="bert t5",
+            caches=True,
+        ),
+    ],
+    "ortho": [
+        Setting({"of": REGISTRY["bottleneck"](d=5)}, refuses=NOT_ACTIVATIONS),
+        Setting({"of": REGISTRY["bottleneck"](d=5, init="bert"), "mode": "joint"}, "joint", hosts="linear_wide bert"),
+    ],
+    "adamix": [
+        # what no draw has chosen gets no gradient; the objective has two passes, which the suite's own loop does not make
+        Setting(
+            {"of": REGISTRY["bottleneck"](d=5), "copies": 3, "consistency": 0.0},
+            refuses=NOT_ACTIVATIONS,
+            thin=("down", "others"),
+        ),
+        Setting(
+            {"of": REGISTRY["lora"](r=2), "copies": 2, "share": "none", "consistency": 0.0},
+            "lora",
+            hosts="linear_wide conv2d bert",
+            thin=("down", "up", "others"),
+        ),
+    ],
+    "quantised": [
+        Setting({"of": REGISTRY["lora"](r=3)}, identity=False, refuses=""),
+        Setting({"of": REGISTRY["bottleneck"](d=6), "bits": 2}, "bottleneck", False, hosts="linear_wide bert llama"),
     ],
     "sparse": [
         Setting({"of": REGISTRY["bottleneck"](d=6)}, refuses=NOT_ACTIVATIONS),
@@ -404,7 +595,7 @@ def _cases() -> tuple[list[Case], list[Case]]:
     for name in sorted(name for name, made in REGISTRY.items() if not made.mixes):
         for setting in SETTINGS.get(name, [Setting()]):
             for host in HOSTS:
-                if setting.hosts is not None and host.name not in setting.hosts.split():
+                if host.name not in setting.hosts.split() if setting.hosts is not None else host.asked:
                     continue
                 case = Case(name, setting, host)
                 try:

@@ -33,10 +33,13 @@ NESTED = {
     "mixture(of=mixture(of=lora(r=2), experts=2), experts=2)": 7,
     "generated(of=mixture(of=lora(r=2), experts=2))": 4,
     "gated(of=lora(r=2))": 2,
+    "moa_hetero(of=[lora(r=2, at='q'), gated(of=lora(r=2), at='v')])": 3,
     "adapter_drop(of=lora(r=2))": 2,
     "adapter_drop(of=gated(of=bottleneck(d=4)))": 2,
     "adapter_drop(of=sparse(of=lora(r=4)))": 3,
     "gated(of=bottleneck(d=4))": 1,
+    "keyed(of=sparse(of=lora(r=4)))": 3,
+    "keyed(of=bottleneck(d=4), names=('a',))": 2,
     "gated(of=sparse(of=lora(r=4)))": 3,
     "mixture(of=gated(of=lora(r=2)), experts=2)": 5,
 }

@@ -13,9 +13,10 @@ from attention_models import batch, decode, make, run, scatter
 from torch import Tensor, nn
 
 import graftwork as gw
-from graftwork.core.attention import Attention, causal_mask, extend
+from graftwork.core.attention import Attention
 from graftwork.core.delta import Delta
 from graftwork.core.fields import where
+from graftwork.core.masks import Tokens, causal_mask, extend
 from graftwork.core.method import REGISTRY, Method, method
 from graftwork.core.site import Site
 from graftwork.sites import anatomy as core_anatomy
@@ -54,8 +55,9 @@ class Noted(Delta):
 @pytest.fixture(autouse=True)
 def spy() -> Any:
     method("spy_on_attention")(Spy)
+    method("attend_apart")(Apart)
     yield
-    del REGISTRY["spy_on_attention"]
+    del REGISTRY["spy_on_attention"], REGISTRY["attend_apart"]
 
 
 def using(kind: str, how: str, **changes: Any) -> Any:
@@ -111,6 +113,51 @@ def test_extra_keys_are_one_softmax_over_both(kind: str, how: str) -> None:
             own = scores.softmax(-1).nan_to_num() @ v  # nan: padding that sees no token
             wanted = (1 - lam) * own + lam * extra.softmax(-1) @ p_v
             torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
+
+
+@dataclass(frozen=True)
+class Apart(Method):
+    """Attends for some of the queries, and with the keys in another order."""
+
+    at: str = where("attn")
+
+    def build(self, site: Site, part: Any) -> Turned:
+        return Turned()
+
+    def count(self, site: Site) -> int:
+        return 0
+
+
+class Turned(Delta):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attention: Attention) -> Tensor:
+        batch, n, own, extra = q.shape[0], q.shape[2], attention.keys, k.shape[2] - attention.keys
+        queries = torch.stack([torch.randperm(n)[: n // 2] for _ in range(batch)])
+        keys = torch.stack([torch.randperm(own) for _ in range(batch)])
+        self.full = attention(q, k, v, mask)
+        self.taken = at(self.full, queries)
+        self.some = attention.on(Tokens(queries))(at(q, queries), k, v, mask)
+        k, v = (torch.cat([t[:, :, :extra], at(t[:, :, extra:], keys)], 2) for t in (k, v))
+        self.turned = attention.on(Tokens(queries, keys))(at(q, queries), k, v, mask)
+        return self.full
+
+
+def at(t: Tensor, places: Tensor) -> Tensor:
+    return t.gather(2, places[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3]))
+
+
+@pytest.mark.parametrize(("kind", "how"), CASES)
+def test_attention_among_some_tokens(kind: str, how: str) -> None:
+    """Some queries attend as they do among all; the order of the keys, with those in front left there, changes nothing."""
+    model, given = using(kind, how), batch(kind)
+    adapter = gw.graft(model, [gw.Prefix(3), Apart()], head=False)
+    scatter(adapter, 1.0)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        run(model, given)
+    for delta in adapter.parts[1].deltas.values():
+        assert isinstance(delta, Turned) and delta.some.shape[2] < delta.full.shape[2]
+        for found in (delta.some, delta.turned):
+            torch.testing.assert_close(found.nan_to_num(), delta.taken.nan_to_num(), atol=1e-5, rtol=1e-5)
 
 
 def is_causal(kind: str, delta: Noted) -> bool:

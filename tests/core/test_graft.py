@@ -284,7 +284,7 @@ def test_context_holds_for_its_block() -> None:
 
 def test_a_schedule_that_is_never_stepped_warns_once() -> None:
     model = mlp()
-    adapter = gw.graft(model, gw.AdaLoRA(), head=False)
+    adapter = gw.graft(model, gw.AdaLoRA(init_r=4, target_r=2), head=False)
     optimiser = torch.optim.SGD(adapter.parameters(), lr=0.1)
 
     def run(step: bool) -> None:

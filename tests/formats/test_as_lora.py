@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import graftwork as gw
-from graftwork.core.spectrum import of_matrix
 from graftwork.formats import plain_lora
 from graftwork.grafting.root import is_grafted
+from graftwork.products.spectrum import of_matrix
 
 from .peers import model, outputs, perturb, read_by_peer
 
@@ -179,6 +179,7 @@ def test_half_precision(tmp_path: Path) -> None:
 
 # options of methods whose defaults do not fit this small model
 FITTING = {
+    "adapterbias": "norms=False, ",  # a norm is no matrix
     "trainable_tokens": "tokens=[1, 5, 9], ",
     "corda": "r=4, ",
     "eigenlorax": "k=8, extra=4, ",

@@ -119,7 +119,7 @@ def test_abba__scales():
 
 
 def test_abba__a_rank_beyond_the_weight_is_refused():
-    with pytest.raises(gw.GraftError, match="rank is at most 10"):
+    with pytest.raises(gw.GraftError, match="has a rank above 10"):
         layer(12, 10, r1=11)
 
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import graftwork as gw
-from graftwork.core.attention import Attention, causal_mask, extend
+from graftwork.core.attention import Attention
+from graftwork.core.masks import causal_mask, extend
 from graftwork.initialise.words import from_words
 
 pytestmark = pytest.mark.system("prefix-tuning")

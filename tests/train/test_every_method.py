@@ -17,9 +17,12 @@ import graftwork.train.run  # noqa: F401  (registers all methods)
 from graftwork.core.method import REGISTRY
 from graftwork.train import DataSettings, FitSettings, TrainSettings, open_trained, train
 
-DECODERS = {"llama_adapter"}  # the others sit on any backbone
+# the others sit on any backbone
+KINDS = {"llama_adapter": "llama", "dyt": "llama", "perft_e": "mixtral"}
+KINDS |= dict.fromkeys(("batch_norm", "conv_adapter", "parallel_conv", "series_conv"), "resnet")
+KINDS |= dict.fromkeys(("vpt", "pruned_vpt", "blackvip"), "vit")
 # whose file is the adapter of another method, with so many times the parameters that were trained
-STORED = {"corda": ("lora", 2), "loraplus": ("bottleneck", 1)}
+STORED = {"corda": ("lora", 2)} | dict.fromkeys(("loraplus", "split_merge", "adamix", "ortho"), ("bottleneck", 1))
 FIT = FitSettings(steps=8, batch=8, lr=5e-3, evaluate_every=4, keep_checkpoints=True)
 
 
@@ -35,8 +38,20 @@ def text(name: str) -> str:
         return "vblora(vectors=32, length=8)"  # its 256 do not divide the tiny model's widths
     if name == "eigenlorax":
         return "eigenlorax(k=8, extra=4)"
+    if name == "k_adapter":
+        return "k_adapter(states='0,1', d=8, heads=2, d_ff=16)"  # the tiny model has no block 23
+    if name == "moa_hetero":
+        return (
+            "moa_hetero(of=[lora(at='q, v'), bottleneck(reduction=4, at='mlp')])"  # the published experts want a gate
+        )
+    if name == "qlora":
+        return "qlora(r=8)"  # the tiny model's weights have no rank of 64
     if name == "corda":
         return "corda(r=4, alpha=4)"  # the tiny model's layers have no 128 directions
+    if name == "blackvip":
+        return "blackvip(features=12, src_dim=32, grid=1, stages=3, encoder='pixels')"  # images of 8 pixels
+    if name == "das":
+        return "das(k=1, turns=2, per_call=2)"  # the tiny model has two blocks
     needs = [f.name for f in dataclasses.fields(REGISTRY[name]) if f.default is dataclasses.MISSING]
     return f"{name}({', '.join(f'{option}=bottleneck(reduction=4)' for option in needs)})"
 
@@ -44,16 +59,19 @@ def text(name: str) -> str:
 # what mixes other adapters is trained beside them: test_members
 @pytest.mark.parametrize("name", sorted(name for name, made in REGISTRY.items() if not made.mixes))
 def test_a_method_is_trained_opened_and_resumed(name: str, backbones: Callable[[str], Path], tmp_path: Path) -> None:
-    decoder = name in DECODERS
-    data = tiny.write_csv(tmp_path / "rows.csv", tiny.alphabets(80) if decoder else tiny.feelings(80))
-    backbone, out = backbones("llama" if decoder else "bert"), tmp_path / "out"
-    job = TrainSettings(str(backbone), str(out), DataSettings(str(data)), text(name), name="it", fit=FIT)
+    kind = KINDS.get(name, "bert")
+    made = {"llama": tiny.alphabets, "resnet": tiny.pictures, "mixtral": tiny.alphabets, "bert": tiny.feelings}
+    rows = [] if kind == "vit" else made[kind](80)
+    data = "digits" if kind == "vit" else str(tiny.write_jsonl(tmp_path / "rows.jsonl", rows))
+    backbone, out = backbones(kind), tmp_path / "out"
+    job = TrainSettings(str(backbone), str(out), DataSettings(data), text(name), name="it", fit=FIT)
     trained = train(job)
     whole = load_file(out / "adapter.safetensors")
     again = open_trained(out)
     stored, times = STORED.get(name, (name, 1))
     assert again.adapter.methods[0].name == stored and again.adapter.num_parameters <= times * trained.parameters
-    assert len(again.predict([{"text": "a b c"}], max_new_tokens=2)) == 1
+    if rows:
+        assert len(again.predict([rows[0] if kind == "resnet" else {"text": "a b c"}], max_new_tokens=2)) == 1
     shutil.rmtree(out / "checkpoints" / "checkpoint-8")
     for file in ("adapter.json", "adapter.safetensors", "README.md"):
         (out / file).unlink()

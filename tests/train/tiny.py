@@ -52,7 +52,7 @@ def tokenizer(kind: str) -> PreTrainedTokenizerFast:
 
 
 def backbone(kind: str, folder: Path, chat: str | None = None, **config: Any) -> Path:
-    """Write a tiny random model of a kind (bert, llama, t5, vit) with its tokenizer to a folder."""
+    """Write a tiny random model of a kind (bert, llama, mixtral, t5, vit, resnet) with its tokenizer to a folder."""
     torch.manual_seed(0)
     vocabulary = len(WORDS) + 6
     if kind == "bert":
@@ -69,8 +69,9 @@ def backbone(kind: str, folder: Path, chat: str | None = None, **config: Any) ->
         model: Any = transformers.BertForMaskedLM(made)
         with torch.no_grad():  # words count for more than places, as in a trained model
             model.bert.embeddings.position_embeddings.weight.mul_(0.2)
-    elif kind == "llama":
-        made = transformers.LlamaConfig(
+    elif kind in ("llama", "mixtral"):
+        kinds = {"llama": transformers.LlamaConfig, "mixtral": transformers.MixtralConfig}
+        made = kinds[kind](
             vocab_size=vocabulary,
             hidden_size=32,
             num_hidden_layers=2,
@@ -84,7 +85,7 @@ def backbone(kind: str, folder: Path, chat: str | None = None, **config: Any) ->
             initializer_range=0.2,
             **config,
         )
-        model = transformers.LlamaForCausalLM(made)
+        model = transformers.AutoModelForCausalLM.from_config(made)
     elif kind == "t5":
         made = transformers.T5Config(
             vocab_size=vocabulary,
@@ -100,6 +101,11 @@ def backbone(kind: str, folder: Path, chat: str | None = None, **config: Any) ->
             **config,
         )
         model = transformers.T5ForConditionalGeneration(made)
+    elif kind == "resnet":
+        made = transformers.ResNetConfig(
+            embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", **config
+        )
+        model = transformers.ResNetModel(made)
     else:
         size = {"image_size": 8, "patch_size": 2, "initializer_range": 0.2, **config}
         made = transformers.ViTConfig(
@@ -107,12 +113,12 @@ def backbone(kind: str, folder: Path, chat: str | None = None, **config: Any) ->
         )
         model = transformers.ViTModel(made, add_pooling_layer=False)
     model.save_pretrained(folder)
-    if kind == "vit":
+    if kind in ("vit", "resnet"):
         from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
         ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder)
     else:
-        words = tokenizer({"bert": "bert", "llama": "plain", "t5": "end"}[kind])
+        words = tokenizer({"bert": "bert", "llama": "plain", "mixtral": "plain", "t5": "end"}[kind])
         words.chat_template = chat
         words.save_pretrained(folder)
     return folder
@@ -168,6 +174,17 @@ def entities(rows: int, seed: int = 0) -> list[dict[str, Any]]:
                 words.append(draw.choice(PLACES if kind == 1 else FILLER))
                 tags.append("B-LOC" if kind == 1 else "O")
         out.append({"tokens": words, "ner_tags": tags})
+    return out
+
+
+def pictures(rows: int, seed: int = 0) -> list[dict[str, Any]]:
+    """8 x 8 grey values, bright on the left or on the right."""
+    draw = random.Random(seed)
+    out = []
+    for i in range(rows):
+        bright = range(4) if i % 2 else range(4, 8)
+        image = [[draw.randrange(90) + 150 * (x in bright) for x in range(8)] for _ in range(8)]
+        out.append({"image": image, "label": "left" if i % 2 else "right"})
     return out
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graftwork.core.spectrum import of_factors, of_matrix
+from graftwork.products.spectrum import of_factors, of_matrix
 from graftwork.values.change import Change, weighted_sum
 from graftwork.values.rules import keep_largest
 

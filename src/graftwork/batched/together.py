@@ -7,7 +7,7 @@ with the mask and the context of that row; products with its parameters become b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from ..core.plan import Host
 from ..core.swap import Slot, swapped
 from .group import Base, Group, Step
 from .likeness import SharedStateError, narrowed
+
+if TYPE_CHECKING:
+    from .rows import Table
 
 OF_VMAP = (
     "vmap",
@@ -74,8 +77,7 @@ class Like(Group):
             at = [n for n, row in enumerate(self.covered) if self.places[row] == i]
             side, shared = self.table.sides([self.covered[n] for n in at])
             xs = [t[self.table.at(at, t.device)] for t in ts]
-            # one delta may serve two expressions: what it keeps from a norm's input to the output is that of these rows
-            own = self.table.runtime.state.setdefault((self, i), {})
+            own = state_of(self.table, [self.covered[n] for n in at])
             with narrowed(self.table.runtime, shared | {name: t.flatten(0, 1) for name, t in side.items()}, state=own):
                 y = call(delta, function, tuple(x.flatten(0, 1) for x in xs), fixed)
             outs.append(y.unflatten(0, xs[0].shape[:2]))
@@ -102,6 +104,11 @@ def _differ(column: Sequence[Tensor]) -> bool:
     """
     first = column[0]
     return not first.is_meta and any(t.requires_grad or not torch.equal(t, first) for t in column)
+
+
+def state_of(table: Table, rows: Sequence[int]) -> dict[Any, Any]:
+    """What the deltas of these rows hand to each other in a pass: one delta may serve two expressions, each with rows of its own."""
+    return table.runtime.state.setdefault(("rows", *rows), {})  # type: ignore[no-any-return]
 
 
 def call(delta: Delta, function: str, x: tuple[Tensor, ...], fixed: dict[str, Any]) -> Tensor:
@@ -180,7 +187,8 @@ class Attends(Group):
             seen = mask[rows] if mask is not None and mask.shape[0] == batch > 1 else mask
             side, shared = self.table.sides(runs)
             deltas = self.deltas[i] if i < len(self.deltas) else ()
-            with narrowed(self.table.runtime, shared | {name: t.flatten(0, 1) for name, t in side.items()}):
+            own = state_of(self.table, runs)
+            with narrowed(self.table.runtime, shared | {name: t.flatten(0, 1) for name, t in side.items()}, state=own):
                 outs.append(chain(deltas, q[rows], k[rows], v[rows], seen, attention.on(rows)))
             at.append(rows)
         return torch.cat(outs)[torch.cat(at).argsort()]

@@ -23,6 +23,7 @@ COMMANDS = {
     "compose": ("compose", "make one new adapter out of several"),
     "convert": ("convert", "any adapter of weights as plain LoRA"),
     "extract": ("extract", "a LoRA out of a checkpoint that was tuned as a whole"),
+    "bench": ("bench", "every method on the same tasks, with one budget of parameters"),
     "compare": ("compare", "several adapters side by side on labelled data"),
     "similar": ("similar", "the adapters of a folder that are most like one"),
     "methods": ("methods", "the methods: equation, hyper-parameters, source"),
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_intermixed_args(given[1:])  # texts may stand behind options
     try:
         for plugin in plugins:
-            importlib.import_module(".plugins", __name__).run(plugin)
+            importlib.import_module("graftwork.train.plugins").run(plugin)
         return int(module.run(parsed) or 0)
     except GraftError as error:
         print(f"graftwork {name}: {error}", file=sys.stderr)

@@ -30,6 +30,8 @@ NEEDS = {
     "step": "`gw.step(model, progress)` after each optimiser step",
     "calibrate": "`gw.calibrate(model, batches)` before training",
     "begin": "a draw at the start of each training pass",
+    "again": "a second pass of each step: `gw.auxiliary_loss(model, outputs, again)`",
+    "apart": "an optimiser step of its own: `gw.auxiliary_loss(model, apart=True)`",
 }
 
 

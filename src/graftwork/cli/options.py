@@ -55,7 +55,7 @@ def _add(parser: Any, field: dataclasses.Field[Any], kind: Any) -> None:
     else:
         given |= {"type": base, "metavar": field.metadata["metavar"] or base.__name__.upper()}
     if not required and default is not None:
-        given["help"] += f" (default: {default})"
+        given["help"] += f" (default: {default})".replace("%", "%%")
     parser.add_argument(option, required=required, default=None if required else default, **given)
 
 

@@ -12,6 +12,30 @@ from .console import errors
 SHOWN = 3  # scores beside the bar
 
 
+class Runs:
+    """One bar for many runs, each of which is a line above it when it is over."""
+
+    def __init__(self) -> None:
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("runs"), TimeElapsedColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, console=errors)
+        self.task = self.progress.add_task("", total=None)
+        self.last = ""
+
+    def __enter__(self) -> Runs:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def tell(self, over: int, of: int, last: str) -> None:
+        """How many runs of how many are over, and what the last one of this process was."""
+        self.progress.update(self.task, completed=over, total=of)
+        if last != self.last:
+            self.progress.console.print(last, markup=False)
+            self.last = last
+
+
 class Bar(TrainerCallback):
     """One bar for all steps; each evaluation is a line above it. Only the first process draws."""
 

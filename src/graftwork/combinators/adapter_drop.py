@@ -6,7 +6,6 @@ Rückle et al. 2021, "AdapterDrop: On the Efficiency of Adapters in Transformers
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,12 +18,12 @@ from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
 from .dropped import Dropped, DroppedDelta, DroppedWeight
-from .inherit import inherit
+from .inherit import Around
 
 
 @method("adapter_drop")
 @dataclass(frozen=True)
-class AdapterDrop(Method):
+class AdapterDrop(Around):
     """Each training pass draws n ~ Uniform{0, ..., L - 1}; layers below n run the bare backbone.  Evaluation has all adapters.
 
     of: the method inside;  L: the number of layers of a tower. One draw for all sites (in an encoder-decoder of unequal depth, for the
@@ -39,23 +38,6 @@ class AdapterDrop(Method):
 
     of: Method = inner("bottleneck")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        inherit(self, self.of)
-        if self.of.needs:
-            found = f"it needs {' and '.join(self.of.needs)} of its own"
-            raise GraftError(f"AdapterDrop(of={self.of})", found, "drop a method without")
-
-    @property
-    def identity(self) -> bool:  # type: ignore[override]
-        """As the method inside."""
-        return self.of.identity
-
-    @property
-    def mergeable(self) -> bool:  # type: ignore[override]
-        """As the method inside."""
-        return self.of.mergeable
-
     def build(self, site: Site, part: Part) -> Delta | None:
         if all(s.layer is None for s in part.sites):
             raise GraftError(f"{self} at {site.key}", "no site stands in a layer", "choose sites in repeated blocks")
@@ -66,12 +48,6 @@ class AdapterDrop(Method):
             delta.place(site.key, site.weight)
             return DroppedWeight(delta, site)
         return DroppedDelta(delta, site)
-
-    def count(self, site: Site) -> int:
-        return self.of.count(site)
-
-    def count_shared(self, sites: Sequence[Site]) -> int:
-        return self.of.count_shared(sites)
 
     def fold(self, part: Part) -> tuple[Method, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
         """The stored form of the method inside."""

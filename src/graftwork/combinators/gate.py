@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from graftwork.core.delta import WeightDelta
 from graftwork.core.errors import GraftError
 from graftwork.core.initial import normal, parameter, uniform, zeros
-from graftwork.core.passes import Runtime
+from graftwork.core.passes import Runtime, token_mean
 from graftwork.core.plan import Host
 from graftwork.core.site import Site
 
@@ -33,22 +33,10 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor, runtime: Runtime) -> Tensor:
         """g [batch, 1, ...] for x [batch, ..., d]."""
-        if runtime.past:
-            found = "a key-value cache: the gate is a mean over all tokens, and those in the cache are not seen"
-            raise GraftError("a pass through a gated adapter", found, "generate with use_cache=False")
         flat = F.linear(
             x.reshape(-1, x.shape[-1]), self.weight, self.bias
         )  # on more axes, other bits when weights are frozen
-        open_ = torch.sigmoid(flat).reshape(*x.shape[:-1], 1)
-        over = tuple(range(1, x.dim() - 1))
-        mask = runtime.mask
-        if not self.real or mask is None or not over:
-            return open_.mean(over, keepdim=True) if over else open_
-        if mask.shape != x.shape[:2]:
-            found = f"an attention mask of shape {list(mask.shape)} for states {list(x.shape)}"
-            raise GraftError("a gate that leaves padding out", found, "give a mask [batch, seq], or use tokens='all'")
-        real = mask.to(open_.dtype).view(*mask.shape, *[1] * (x.dim() - 2))
-        return (open_ * real).sum(over, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1)
+        return token_mean(torch.sigmoid(flat).reshape(*x.shape[:-1], 1), runtime, self.real)
 
 
 class GatedWeight(WeightDelta):

@@ -7,7 +7,6 @@ morningmoni/UniPELT.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -20,12 +19,12 @@ from graftwork.core.method import Method, flatten, get, method, preset
 from graftwork.core.site import Site
 
 from .gate import Gate, GatedWeight
-from .inherit import inherit
+from .inherit import Around
 
 
 @method("gated")
 @dataclass(frozen=True)
-class Gated(Method):
+class Gated(Around):
     """g = mean_t sigmoid(x_t w + b), one number per example; it multiplies what the method inside adds.  w [d], x [batch, seq, d].
 
     of: the method inside. A bottleneck: y + g A(h), x the input h of D. A prefix: [g P_K ; K] and [g P_V ; V] (a closed gate leaves
@@ -44,17 +43,7 @@ class Gated(Method):
     init: str = choice("normal", "normal", "uniform")
     init_std: float = number(0.02, low=0.0)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        inherit(self, self.of)
-        if self.of.needs:
-            found = f"it needs {' and '.join(self.of.needs)} of its own"
-            raise GraftError(f"a gate for {self.of}", found, "gate a method without")
-
-    @property
-    def identity(self) -> bool:  # type: ignore[override]
-        """As the method inside: the gate multiplies zero."""
-        return self.of.identity
+    mergeable = False
 
     def build(self, site: Site, part: Part) -> Delta | None:
         delta = self.of.build(site, part)
@@ -77,9 +66,6 @@ class Gated(Method):
 
     def count(self, site: Site) -> int:
         return self.of.count(site) + self.of.reads(site) + 1
-
-    def count_shared(self, sites: Sequence[Site]) -> int:
-        return self.of.count_shared(sites)
 
     def fold(self, part: Part) -> tuple[Method, dict[str, dict[str, Tensor]], dict[str, Tensor]]:
         """The stored form of the method inside, and the gates."""

@@ -17,12 +17,12 @@ from graftwork.core.method import Method, flatten, get, method, preset
 from graftwork.core.site import Site
 
 from .hypernetwork import Controller, GeneratedDelta, GeneratedWeight, Tasks
-from .inherit import inherit
+from .inherit import Around
 
 
 @method("generated")
 @dataclass(frozen=True)
-class Generated(Method):
+class Generated(Around):
     """P = view(G_P I + g_P) for every tensor P of the method inside;  I = LN(W_b relu(W_a [z_task ; e_layer ;
     p_position] + b_a) + b_b).
 
@@ -47,11 +47,10 @@ class Generated(Method):
     positions: bool = flag(True)
     init_std: float = number(0.01, low=0.0)
 
-    identity = False
+    identity = mergeable = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        inherit(self, self.of)
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):
             raise GraftError(f"Generated(tasks={self.tasks!r})", "no task, or one twice", "name each task once")
 
@@ -60,7 +59,7 @@ class Generated(Method):
         template = self.of.build(site, scratch)
         if template is None:
             return None
-        if len(scratch.shared_modules) or list(template.buffers()) or self.of.needs:
+        if len(scratch.shared_modules) or list(template.buffers()):
             found = f"{self.of.name} holds more than the parameters of each site"
             raise GraftError(f"{self} at {site.key}", found, "generate another method")
         if isinstance(template, WeightDelta):

@@ -5,7 +5,6 @@ Hayou, Ghosh and Yu 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models"
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -16,12 +15,12 @@ from graftwork.core.fields import inner, number
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
-from .inherit import inherit
+from .inherit import Around
 
 
 @method("loraplus")
 @dataclass(frozen=True)
-class LoRAPlus(Method):
+class LoRAPlus(Around):
     """lr_B = ratio lr_A for the factors of the method inside; the model and what is stored are those of the method inside.
 
     of: a method with a factor at the input (A) and one at the output (B), such as lora, dora.
@@ -36,19 +35,7 @@ class LoRAPlus(Method):
     ratio: float = number(16.0, low=1.0)
     embedding: float = number(0.01, low=0.0)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        inherit(self, self.of)
-
-    @property
-    def identity(self) -> bool:  # type: ignore[override]
-        """As the method inside."""
-        return self.of.identity
-
-    @property
-    def mergeable(self) -> bool:  # type: ignore[override]
-        """As the method inside."""
-        return self.of.mergeable
+    meets_needs = True
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -57,12 +44,6 @@ class LoRAPlus(Method):
 
     def build(self, site: Site, part: Part) -> Delta | None:
         return self.of.build(site, part)
-
-    def count(self, site: Site) -> int:
-        return self.of.count(site)
-
-    def count_shared(self, sites: Sequence[Site]) -> int:
-        return self.of.count_shared(sites)
 
     def rate(self, tensor: str) -> float:
         return self.of.rate(tensor)

@@ -101,7 +101,8 @@ class MixedActivation(Delta):
         self.experts = nn.ModuleList(experts)
         self.router = Router(method, site)
         self.reading = experts[0].reading
-        self.source, self.by_input = experts[0].source, reads_input(site) and self.router.heads == 1
+        self.source = experts[0].source
+        self.by_input = method.router == "input" or (reads_input(site) and self.router.heads == 1)
         self.vectors = are_vectors(experts[0])
 
     def inner(self) -> list[Delta]:

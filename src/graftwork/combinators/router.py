@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftwork.core.delta import Delta
-from graftwork.core.initial import normal, parameter
+from graftwork.core.initial import kaiming_uniform, normal, parameter
 from graftwork.core.site import Site
 
 if TYPE_CHECKING:
@@ -28,8 +28,10 @@ class Router(nn.Module):
     def __init__(self, method: Mixture, site: Site) -> None:
         super().__init__()
         like = site.like
-        self.weight = parameter((method.experts, method.dim(site)), normal(method.router_std), like)
-        self.top_k, self.balance, self.z_loss = method.top_k, method.balance, method.z_loss
+        init = kaiming_uniform() if method.router_init == "kaiming" else normal(method.router_std)
+        self.weight = parameter((method.experts_at(site), method.dim(site)), init, like)
+        self.top_k, self.renormalise = method.top_k or len(self.weight), method.renormalise
+        self.balance, self.z_loss = method.balance, method.z_loss
         self.heads = method.heads(site)
         self.loss: Tensor | None = None
 
@@ -42,16 +44,18 @@ class Router(nn.Module):
             h = h.unflatten(-1, (self.heads, -1))
         logits = F.linear(h.float(), self.weight.float())
         p = logits.softmax(-1)
+        k = min(self.top_k, p.shape[-1])
         if self.training and (self.balance or self.z_loss):
-            self.loss = self.penalty(logits, p)
-        if self.top_k is not None and self.top_k < p.shape[-1]:
-            p = torch.where(p >= p.topk(self.top_k, dim=-1).values[..., -1:], p, 0.0)
-        return p.to(h.dtype)
+            self.loss = self.penalty(logits, p, p.topk(k if self.renormalise else 1, dim=-1).indices)
+        if k < p.shape[-1]:
+            best = p.topk(k, dim=-1)
+            p = torch.zeros_like(p).scatter(-1, best.indices, best.values)
+        return (p / p.sum(-1, keepdim=True) if self.renormalise else p).to(h.dtype)
 
-    def penalty(self, logits: Tensor, p: Tensor) -> Tensor:
-        """balance E^2 mean_e(f_e P_e) + z_loss mean(logsumexp^2), f the shares of first choices, P the mean p."""
+    def penalty(self, logits: Tensor, p: Tensor, chosen: Tensor) -> Tensor:
+        """balance E^2 mean_e(f_e P_e) + z_loss mean(logsumexp^2), f the shares of what is chosen, P the mean p."""
         experts = p.shape[-1]
-        share = F.one_hot(p.argmax(-1).flatten(), experts).float().mean(0)
+        share = F.one_hot(chosen.flatten(), experts).float().mean(0)
         balance = experts**2 * (share * p.flatten(0, -2).mean(0)).mean()
         return self.balance * balance + self.z_loss * logits.logsumexp(-1).square().mean()
 
@@ -63,7 +67,7 @@ class Router(nn.Module):
         return self._sum(p, values, "...e,ed->...d")
 
     def _sum(self, p: Tensor, values: Tensor, rule: str) -> Tensor:
-        if self.top_k is not None:
+        if self.top_k < p.shape[-1] and not self.renormalise:
             return torch.einsum(rule, p, values)
         return values[0] + torch.einsum(rule, p, values - values[0])  # p sums to one
 

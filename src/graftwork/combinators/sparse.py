@@ -22,14 +22,14 @@ from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 from graftwork.sites.anatomy import Anatomy
 
-from .inherit import inherit
+from .inherit import Around
 from .masked import Masked, MaskedDelta, MaskedWeight
 from .scores import instant, keep, pooled
 
 
 @method("sparse")
 @dataclass(frozen=True)
-class Sparse(Method):
+class Sparse(Around):
     """W * M in the place of every matrix W of the method inside, M in {0, 1} fixed; vectors (biases, norms) are not
     masked.
 
@@ -58,20 +58,8 @@ class Sparse(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        inherit(self, self.of)
-        if self.of.needs or self.density == 0:
-            found = f"{self.of.name} needs {self.of.needs}" if self.of.needs else "nothing would be kept"
-            raise GraftError(f"Sparse(of={self.of}, density={self.density})", found, "prune another method, keep more")
-
-    @property
-    def identity(self) -> bool:  # type: ignore[override]
-        """As the method inside: zeros stay zero."""
-        return self.of.identity
-
-    @property
-    def mergeable(self) -> bool:  # type: ignore[override]
-        """As the method inside."""
-        return self.of.mergeable
+        if self.density == 0:
+            raise GraftError(f"Sparse(density={self.density})", "nothing would be kept", "keep more")
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -129,9 +117,6 @@ class Sparse(Method):
         e = deltas[0].rounds + 1
         self.prune(deltas, e, [delta.scores for delta in deltas])
         return e < self.rounds
-
-    def count(self, site: Site) -> int:
-        return self.of.count(site)
 
     def count_shared(self, sites: Sequence[Site]) -> int:
         with drawing_from(torch.Generator()):  # the shapes of the matrices are known when they are built

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .errors import GraftError
+from .masks import Tokens, causal_mask, cut, extend
 from .plan import first_tensor
 from .site import Site
 
@@ -42,24 +43,41 @@ class Attention:
         scaling: float,
         groups: int,
         keys: int,
-        rows: Tensor | None = None,
+        part: Tensor | Tokens | None = None,
     ) -> None:
         self.module, self._call, self.scaling, self.groups, self.keys = module, call, scaling, groups, keys
-        self._rows = rows
+        self._part = part
+        self.root, self.dropping = self, True  # the backbone's own call; whether it drops probabilities in training
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        extra = k.shape[2] - self.keys
-        return self._call(q, k, v, mask, extra) if self._rows is None else self._call(q, k, v, mask, extra, self._rows)
+        extra = k.shape[2] - _keys(self._part, self.keys)
+        return self._call(q, k, v, mask, extra) if self._part is None else self._call(q, k, v, mask, extra, self._part)
 
     @property
     def input(self) -> Tensor:
         record: Any = self.module._armed
         x: Tensor = first_tensor(*record.called)
-        return x if self._rows is None else x[self._rows]
+        return x[self._part] if isinstance(self._part, Tensor) else x
 
-    def on(self, rows: Tensor) -> Attention:
-        """The same attention for these rows of the batch: q, k, v and mask are given for them alone."""
-        return Attention(self.module, self._call, self.scaling, self.groups, self.keys, rows)
+    def probabilities(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+        """softmax(scaling q k^T + mask) [batch, heads, queries, keys] before dropout: what unit vectors as values give."""
+        units = torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand(*k.shape[:2], -1, -1)
+        self.root.dropping = False
+        p = self.root.on(self._part)(q, k, units, mask)
+        self.root.dropping = True
+        return p
+
+    def on(self, part: Tensor | Tokens | None) -> Attention:
+        """The same attention for some rows of the batch (q, k, v and mask are given for them alone), or for some tokens (q, and k and
+        v where it says so, are given for them alone; the mask is that of all)."""
+        made = Attention(self.module, self._call, self.scaling, self.groups, self.keys, part)
+        made.root = self.root
+        return made
+
+
+def _keys(part: Tensor | Tokens | None, keys: int) -> int:
+    """How many keys of the backbone's own are seen."""
+    return part.keys.shape[1] if isinstance(part, Tokens) and part.keys is not None else keys
 
 
 def projected(rows: Tensor, site: Site, heads: int) -> Tensor:
@@ -69,26 +87,6 @@ def projected(rows: Tensor, site: Site, heads: int) -> Tensor:
     assert stored is not None
     bias = view.bias_of(site.module._parameters[view.bias]) if view.bias else None
     return F.linear(rows, view.dense(stored), bias).view(1, rows.shape[0], heads, -1).transpose(1, 2)
-
-
-def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
-    """[queries, keys], True where a query may look, counted from the first query and key as `is_causal` does."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
-
-
-def extend(mask: Any, extra: int, keys: int) -> Any:
-    """The mask or bias over `keys` columns with `extra` visible ones in front. GraftError for one that is no tensor."""
-    if mask is None or not extra:
-        return mask
-    if not isinstance(mask, Tensor):
-        raise GraftError(
-            "more keys than the backbone has",
-            f"an attention mask of type {type(mask).__name__}",
-            "use attn_implementation='sdpa'",
-        )
-    if mask.shape[-1] != keys:  # a mask that is broadcast over the keys
-        mask = mask.expand(*mask.shape[:-1], keys)
-    return F.pad(mask, (extra, 0), value=True if mask.dtype == torch.bool else (0 if mask.is_floating_point() else 1))
 
 
 def chain(deltas: Sequence[Any], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, base: Attention) -> Tensor:
@@ -102,10 +100,14 @@ def chain(deltas: Sequence[Any], q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
 def _seen(delta: Any, inner: Attention) -> Attention:
     """The attention of a delta on `inner`. Keys that an outer delta put in front are part of what this one is given."""
 
-    def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, extra: int, rows: Tensor | None = None) -> Tensor:
-        return delta.attend(q, k, v, mask, inner if rows is None else inner.on(rows))
+    def call(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, extra: int, part: Tensor | Tokens | None = None
+    ) -> Tensor:
+        return delta.attend(q, k, v, mask, inner if part is None else inner.on(part))
 
-    return Attention(inner.module, call, inner.scaling, inner.groups, inner.keys)
+    seen = Attention(inner.module, call, inner.scaling, inner.groups, inner.keys)
+    seen.root = inner.root
+    return seen
 
 
 # --- transformers ---------------------------------------------------------------------------------------------------
@@ -156,26 +158,31 @@ def _interface(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     name = module.__dict__["config"]._attn_implementation
     implementation = functions.get_interface(name, _source(module, "eager_attention_forward"))
     weights: list[Any] = [None]
-    batch, keys = k.shape[0], k.shape[2]
+    batch, queries, keys = k.shape[0], q.shape[2], k.shape[2]
 
-    def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, extra: int, rows: Tensor | None = None) -> Tensor:
-        given = dict(kwargs)
-        if rows is not None:
+    def call(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, extra: int, part: Tensor | Tokens | None = None
+    ) -> Tensor:
+        given = dict(kwargs) if base.dropping else kwargs | {"dropout": 0.0}
+        if isinstance(part, Tensor):
             per_row = {
                 n: t for n, t in given.items() if isinstance(t, Tensor) and t.dim() > 1 and t.shape[0] == batch > 1
             }
-            given |= {n: t[rows] for n, t in per_row.items()}
-        if extra:
+            given |= {n: t[part] for n, t in per_row.items()}
+        if extra or isinstance(part, Tokens):
             causal = given.get("is_causal")
             causal = getattr(module, "is_causal", True) if causal is None else causal
-            if mask is None and causal and q.shape[2] > 1 and name == "sdpa":
-                mask = causal_mask(q.shape[2], keys, q.device)[None, None]
-            mask = extend(mask, extra, keys)
-            if given.get("position_bias") is not None:
-                given["position_bias"] = extend(given["position_bias"], extra, keys)
+            if mask is None and causal and queries > 1 and (name == "sdpa" or not extra):
+                mask = causal_mask(queries, keys, q.device)[None, None]
+            bias = given.get("position_bias")
+            if isinstance(part, Tokens):
+                mask, bias = cut(mask, part), cut(bias, part)
+            mask = extend(mask, extra, _keys(part, keys))
+            if bias is not None:
+                given["position_bias"] = extend(bias, extra, _keys(part, keys))
         out, weights[0] = implementation(module, q, k, v, mask, **given)
-        if rows is not None:
-            weights[0] = None  # those of some rows are not those of the batch
+        if part is not None:
+            weights[0] = None  # those of some rows or tokens are not those of the batch
         return out.transpose(1, 2)
 
     scaling = kwargs.get("scaling")
@@ -244,14 +251,15 @@ class _Catch(TorchFunctionMode):
         self.caught = True
 
         def call(
-            q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, extra: int, rows: Tensor | None = None
+            q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, extra: int, part: Tensor | Tokens | None = None
         ) -> Tensor:
-            causal = is_causal and mask is None
-            if extra and causal:
-                mask, causal = causal_mask(q.shape[2], key.shape[2], q.device), False
-            return F.scaled_dot_product_attention(
-                q, k, v, extend(mask, extra, key.shape[2]), dropout_p, causal, scale=scale, enable_gqa=enable_gqa
-            )
+            causal, dropout = is_causal and mask is None, dropout_p if base.dropping else 0.0
+            if causal and (extra or isinstance(part, Tokens)):
+                mask, causal = causal_mask(query.shape[2], key.shape[2], q.device), False
+            if isinstance(part, Tokens):
+                mask = cut(mask, part)
+            mask = extend(mask, extra, _keys(part, key.shape[2]))
+            return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=enable_gqa)
 
         scaling = query.shape[-1] ** -0.5 if scale is None else scale
         base = Attention(self.module, call, scaling, query.shape[1] // key.shape[1], key.shape[2])

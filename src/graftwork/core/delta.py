@@ -33,7 +33,8 @@ class Delta(nn.Module):
         attend(q, k, v, mask, attention)        replace the attention of the site's attention module
         around(base, *args, **kwargs)           the general form: may change inputs, skip the module, or call it twice
 
-    source: which tensor x is: the "input" of the module that is edited, the sub-layer's "entry", or the input of its "norm".
+    source: which tensor x is: the "input" of the module that is edited, the sub-layer's "entry", or the input of its "norm". For
+        `around`, `core.plan.reading` gives it.
     reading: what of x and y it looks at: "x", "y" or "x + y".
     itself: it looks at its parameters themselves (their version), so that no other tensors may stand in for them.
     A delta with an attribute `gate`, None at first, multiplies what it adds by gate(what it reads, runtime) where there is one.

@@ -35,6 +35,16 @@ def count(default: int) -> Any:
     return _field(default, lambda v: "" if _whole(v, 0) else "a whole number >= 0")
 
 
+def by_depth(default: int) -> Any:
+    """A whole number >= 1, or a tuple of them, from the lowest layers to the highest."""
+
+    def check(v: Any) -> str:
+        ok = _whole(v, 1) or (isinstance(v, tuple) and v and all(_whole(n, 1) for n in v))
+        return "" if ok else "a whole number >= 1, or some of them, from the lowest layers to the highest"
+
+    return _field(default, check)
+
+
 def number(default: float | None, low: float = float("-inf"), high: float = float("inf")) -> Any:
     """A real number in [low, high] (or None where None is the default)."""
 
@@ -89,14 +99,30 @@ def where(default: str) -> Any:
     return dataclasses.field(default=default, kw_only=True, metadata={"check": check})
 
 
-def inner(default: str) -> Any:
-    """A method inside a combinator; `default` is the name of a registered method."""
+def inner(default: str, **options: Any) -> Any:
+    """A method inside a combinator; `default` is the name of a registered method, with these options."""
     from .method import Method, get
 
     return dataclasses.field(
-        default_factory=lambda: get(default)(),
+        default_factory=lambda: get(default)(**options),
         metadata={"check": lambda v: "" if isinstance(v, Method) else "a method, such as LoRA(r=4)"},
     )
+
+
+def inners(default: str) -> Any:
+    """Several methods inside a combinator; `default` is their text."""
+    from .method import Method
+
+    def make() -> tuple[Method, ...]:
+        from .text import parse_methods
+
+        return parse_methods(default)
+
+    def check(v: Any) -> str:
+        ok = isinstance(v, tuple) and v and all(isinstance(m, Method) for m in v)
+        return "" if ok else "a list of methods, such as [LoRA(r=4), Bottleneck()]"
+
+    return dataclasses.field(default_factory=make, metadata={"check": check})
 
 
 def check(method: Any) -> None:

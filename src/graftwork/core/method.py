@@ -29,13 +29,16 @@ class Method:
 
     identity: the grafted model computes exactly what the backbone does before any training.
     mergeable: the delta can be written into the backbone's weights.
-    needs: what must be called around training: "step" (a schedule), "calibrate" (data before training), "begin" (every training pass).
+    needs: what must be called around training: "step" (a schedule), "calibrate" (data before training), "begin" (every training pass),
+        "again" (a term of the loss compares two passes over one batch), "apart" (its auxiliary loss has an optimiser step of its own).
     mixes: it mixes other adapters where these act: its deltas are `Mixer`s, and its options say `of` which (the texts of expressions)
         and whether they are trained with it (`joint`).
     trains: its deltas have parameters.
     replaces: its deltas hold values that stand in the place of the module's own (a head): these are one task's, and are not mixed.
     mixes_tasks: it learns something for each of its `tasks`, and the rows of one batch may have different ones.
     layered: its sites stand in layers, among which `layers` chooses.
+    sized_by: the hyper-parameters that a budget of parameters decides, in proportion where they are several; () where it is the first
+        number that `count` depends on.
     lr: the highest learning rate of AdamW where nobody gives one, on a backbone that is at most 384 wide (`gw.Adapter.groups`).
     """
 
@@ -48,6 +51,7 @@ class Method:
     replaces: ClassVar[bool] = False
     mixes_tasks: ClassVar[bool] = False
     layered: ClassVar[bool] = True
+    sized_by: ClassVar[tuple[str, ...]] = ()
     lr: ClassVar[float] = 2e-3
 
     at: str = dataclasses.field(default="", kw_only=True)
@@ -83,6 +87,10 @@ class Method:
     def begin(self, part: Part) -> None:
         """A moment of training: a pass of the model begins, in training mode and with gradients, and is not compiled."""
 
+    def compare(self, part: Part, one: Tensor, other: Tensor) -> Tensor:
+        """A term of the loss: how far apart the logits [.., classes] of two training passes over one batch are."""
+        raise NotImplementedError(f"{type(self).__name__}.compare")
+
     def step(self, part: Part, progress: float) -> None:
         """A moment of the schedule: after the optimiser's step, gradients still there. progress in [0, 1]."""
 
@@ -108,20 +116,29 @@ class Method:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if value != f.default:
-                given.append(f"{f.name}={str(value) if isinstance(value, Method) else repr(value)}")
+                given.append(f"{f.name}={_spoken(value)}")
         return f"{self.name}({', '.join(given)})"
 
     def to_json(self) -> dict[str, Any]:
         """Every hyper-parameter, ready for `from_json`."""
         out: dict[str, Any] = {"method": self.name}
         for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, Method):
-                value = value.to_json()
-            elif callable(value):
-                value = "<callable>"  # the sites themselves are stored beside it
-            out[f.name] = list(value) if isinstance(value, tuple) else value
+            out[f.name] = _stored(getattr(self, f.name))
         return out
+
+
+def _spoken(value: Any) -> str:
+    if isinstance(value, tuple) and any(isinstance(v, Method) for v in value):
+        return f"[{', '.join(map(str, value))}]"
+    return str(value) if isinstance(value, Method) else repr(value)
+
+
+def _stored(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_stored(v) for v in value]
+    if isinstance(value, Method):
+        return value.to_json()
+    return "<callable>" if callable(value) else value  # the sites themselves are stored beside it
 
 
 M = TypeVar("M", bound=type[Method])
@@ -238,6 +255,8 @@ def from_json(data: Mapping[str, Any]) -> Method:
     for key, value in given.items():
         if isinstance(value, Mapping) and "method" in value:
             given[key] = from_json(value)
+        elif isinstance(value, list) and any(isinstance(v, Mapping) for v in value):
+            given[key] = [from_json(v) for v in value]
     made = get(data["method"])(**given)
     if not isinstance(made, Method):
         raise GraftError(

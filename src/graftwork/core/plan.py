@@ -121,7 +121,7 @@ class Plan:
         if self.capture or self.enter or self.forward:
             x = first_tensor(args, kwargs)
             for delta in self.capture:
-                runtime.state[delta] = self._last(x)
+                runtime.state[delta] = self._last(x), len(runtime.parts)
             if self.enter:
                 edited = self._last(x)
                 for delta in self.enter:
@@ -203,14 +203,14 @@ def reading(delta: Delta, x: Any, runtime: Runtime) -> Any:
     """What a delta reads beside the output that it edits: x, the module's input, or what was captured for it in this pass."""
     if delta.source == "input":
         return x
-    read = runtime.state.pop(delta, None)
-    if read is None:
+    captured = runtime.state.pop(delta, None)
+    if captured is None:
         raise GraftError(
             f"the {delta.source} of {delta.key}",
             "it was not computed before the site's output in this pass",
             "this block has another order (post-norm?); choose another position or another `at`",
         )
-    return read
+    return runtime.part(*captured)
 
 
 def read_path(site: Site, delta: Delta) -> str:

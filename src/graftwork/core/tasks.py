@@ -1,4 +1,4 @@
-"""Which task a batch, or each row of it, belongs to: what `gw.context(model, task=...)` was told."""
+"""Which task (language, domain) a batch, or each row of it, belongs to: what `gw.context(model, task=...)` was told."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from .errors import GraftError, nearest
 from .passes import Runtime
 
 
-def number_of(task: Any, known: Sequence[str], key: str) -> int:
-    """The number of a task, given by its name or its number; None where there is one task only. GraftError for an unknown one."""
+def number_of(task: Any, known: Sequence[str], key: str, word: str = "task") -> int:
+    """The number of a task, given by its name or its number; None where there is one task only. GraftError for an unknown one.
+
+    word: what the context calls it.
+    """
     if task is None and len(known) == 1:
         return 0
     if isinstance(task, str) and task in known:
@@ -22,7 +25,19 @@ def number_of(task: Any, known: Sequence[str], key: str) -> int:
         return task
     close = nearest(task, known) if isinstance(task, str) else ""
     found = f"it has {', '.join(known)}{close}"
-    raise GraftError(f"the task {task!r} at {key}", found, "give one: gw.context(model, task=...)")
+    raise GraftError(f"the {word} {task!r} at {key}", found, f"give one: gw.context(model, {word}=...)")
+
+
+def one_of(given: Any, known: Sequence[str], key: str, word: str) -> int:
+    """The number of the one that a whole batch has, given as such, or as the same for every row. GraftError where rows differ."""
+    rows = given.flatten().tolist() if isinstance(given, Tensor) else given
+    if not isinstance(rows, list | tuple):
+        return number_of(rows, known, key, word)
+    numbers = sorted({number_of(row, known, key, word) for row in rows})
+    if len(numbers) != 1:
+        found = f"rows of {' and '.join(known[n] for n in numbers) or 'nothing'}"
+        raise GraftError(f"the {word} of a batch at {key}", found, f"give batches of one {word} each")
+    return numbers[0]
 
 
 def tasks_of(runtime: Runtime, known: Sequence[str], key: str) -> int | Tensor:

@@ -49,6 +49,8 @@ def _call(node: ast.expr, text: str) -> Any:
 def _value(node: ast.expr, text: str) -> Any:
     if isinstance(node, ast.Call):
         return _call(node, text)
+    if isinstance(node, ast.List) and any(isinstance(n, ast.Call) for n in node.elts):
+        return [_value(n, text) for n in node.elts]
     try:
         return ast.literal_eval(node)
     except ValueError:

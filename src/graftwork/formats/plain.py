@@ -16,12 +16,12 @@ from ..core.adapter import Adapter, Part
 from ..core.errors import GraftError
 from ..core.initial import Later
 from ..core.site import Site
-from ..core.spectrum import Spectrum
 from ..grafting.graft import build, find
 from ..grafting.install import check_free
 from ..grafting.root import body_of
 from ..methods.weight.full import Full
 from ..methods.weight.lora import LoRA
+from ..products.spectrum import Spectrum
 from ..sites.body import Body
 from ..store.save import checked
 from ..values.change import Change

@@ -236,6 +236,7 @@ def _add(plan_of: Callable[[str], Plan], site: Site, delta: Delta) -> None:
         plan_of(here).around.append(delta)
     if delta.overrides("forward"):
         plan_of(out).forward.append((delta, site.d))
+    if delta.overrides("forward") or delta.overrides("around"):
         for place, reader in getattr(delta, "readers", ()) or [(site, delta)]:
             if reader.source != "input":
                 plan_of(read_path(place, reader)).capture.append(reader)
@@ -255,7 +256,8 @@ def check_readable(part: Part) -> None:
                 f"a part of the weights of {type(site.module).__name__}, which has no output of its own",
                 "choose the whole module, or a method of weights (lora)",
             )
-        if delta.overrides("enter") or (delta.overrides("forward") and delta.source != "input"):
+        edits = delta.overrides("forward") or delta.overrides("around")
+        if delta.overrides("enter") or (edits and delta.source != "input"):
             read_path(site, delta)
 
 

@@ -43,6 +43,9 @@ def merge(model: nn.Module) -> None:
                         f"{part.method.name} at {delta.key} changes activations, not a weight",
                         f"activate only methods that can be merged, or run {name!r} unmerged",
                     )
+                if delta.training and delta.overrides("forward"):
+                    found = f"{part.method.name} at {delta.key} is in training, where it is no weight (batch statistics, dropout)"
+                    raise GraftError(f"merge {expression}", found, "call model.eval() first")
                 if delta.view.codes is not None and delta.view.name in delta.names():
                     raise GraftError(
                         f"merge {expression}",

@@ -30,15 +30,34 @@ def step(model: nn.Module, progress: float, optimizer: torch.optim.Optimizer | N
     install.root_of(model).clock.stepped()
 
 
-def auxiliary_loss(model: nn.Module) -> Tensor | float:
-    """The sum of the active deltas' auxiliary losses; 0.0 where there are none. Add it to the task's loss."""
-    terms = [
-        loss
-        for adapter in active_adapters(model)
-        for delta in adapter.deltas()
-        if (loss := delta.auxiliary_loss()) is not None
-    ]
+def auxiliary_loss(
+    model: nn.Module, outputs: Any = None, again: Callable[[], Any] | None = None, *, apart: bool = False
+) -> Tensor | float:
+    """The sum of the active methods' terms of the loss; 0.0 where there are none. Add it to the task's loss.
+
+    outputs, again: what the training pass gave (with logits), and a function that runs the model on the same batch once more: asked for by
+        methods that compare two passes (AdaMix), and by no others. GraftError where they are missing.
+    apart: instead, the terms that have an optimiser step of their own (alternating OrthoAdapters), after another pass over the batch.
+    """
+    parts = [part for a in active_adapters(model) for part in a.parts if ("apart" in part.method.needs) == apart]
+    found = [delta.auxiliary_loss() for part in parts for delta in part.deltas.values()]
+    terms = [loss for loss in found if loss is not None]
+    twice = [part for part in parts if "again" in part.method.needs]
+    if twice:
+        if outputs is None or again is None:
+            do = "call gw.auxiliary_loss(model, outputs, lambda: model(**batch))"
+            raise GraftError(f"the loss of {twice[0].method}", "it compares two passes, and knows of one", do)
+        one, other = _logits(outputs), _logits(again())
+        terms += [part.method.compare(part, one, other) for part in twice]
     return sum(terms[1:], terms[0]) if terms else 0.0
+
+
+def _logits(outputs: Any) -> Tensor:
+    logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
+    if not isinstance(logits, Tensor):
+        found, do = f"{type(outputs).__name__}, without logits", "give the model's output, or the logits themselves"
+        raise GraftError("compare two passes", found, do)
+    return logits
 
 
 def calibrate(

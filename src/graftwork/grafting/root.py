@@ -84,6 +84,8 @@ class Root(Graft):
         """Warn where the pass never called a module whose activations are adapted: its weight may be read, but not its output."""
         plans = [r.plan for m in self.armed if (r := armed(m)) is not None and r.plan is not None and not r.reached]
         missed = [d for plan in plans for d in [f[0] for f in plan.forward] + plan.attend + plan.around + plan.amend]
+        gone = tuple(path + mark for path in self.runtime.left_out for mark in ".:")
+        missed = [d for d in missed if not d.key.startswith(gone)]
         if missed:
             warnings.warn(
                 f"{len(missed)} deltas had no effect in this pass, {missed[0].key} first: the model never calls that module "

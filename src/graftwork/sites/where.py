@@ -31,6 +31,18 @@ def select(anatomy: Anatomy, at: str | Callable[[Site], bool], layers: str | Non
     return in_layers(sites, layers) if layers is not None else sites
 
 
+def covers(site: Site, at: str | Callable[[Site], bool], layers: str | None = None) -> bool:
+    """Whether one of the names in `at`, of whichever alternative, names this site, and it stands in `layers`."""
+    alone = Anatomy("", (site,), (site.path,))
+    names = [at] if callable(at) else [name for some in _split(at, "|") for name in _split(some, ",")]
+    for name in names:
+        try:
+            return bool(select(alone, name, layers))
+        except GraftError:
+            continue
+    return False
+
+
 def _by_text(anatomy: Anatomy, at: str) -> list[Site]:
     error: GraftError | None = None
     for token in (t.strip() for alternative in _split(at, "|") for t in _split(alternative, ",")):

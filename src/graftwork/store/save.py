@@ -73,7 +73,7 @@ def _stored(adapter: Adapter, resume: bool) -> tuple[list[dict[str, Any]], dict[
             shared = dict(part.shared_modules.state_dict())
         else:
             method, per_site, shared = part.method.fold(part)
-        methods.append({"method": method.to_json(), "sites": [site.key for site in part.sites]})
+        methods.append({"method": method.to_json(), "sites": [s.key for s in part.sites if s.key in per_site]})
         for site, named in [(keys.SHARED, shared), *per_site.items()]:
             for name, value in named.items():
                 tensors[keys.key(i, site, name)] = checked(adapter, f"{site}/{name}", value)

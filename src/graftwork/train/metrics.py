@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn import metrics as sk
 
+from ..core.errors import GraftError
+
 IGNORED = -100  # the label of a position that does not count, as transformers has it
 
 
@@ -94,3 +96,15 @@ def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     from scipy.stats import rankdata
 
     return np.asarray(rankdata(values), dtype=np.float64)
+
+
+def decathlon(errors: Sequence[float], fine_tuned: Sequence[float]) -> float:
+    """S = sum_d a_d max(0, E'_d - E_d)^2,  E'_d = twice the error of fine-tuning on task d,  a_d = 1000 / E'_d^2.
+
+    Errors are shares in [0, 1]. Ten tasks without an error are 10,000, ten as fine-tuning leaves them 2,500.
+    Source: Rebuffi et al. 2017, eq. 3 (Visual Decathlon).
+    """
+    pairs = list(zip(errors, fine_tuned, strict=True))
+    if any(reference <= 0 for _, reference in pairs):
+        raise GraftError("a decathlon score", "a reference without errors", "give the errors of fine-tuning, above 0")
+    return sum(1000 * max(0.0, 1 - error / (2 * reference)) ** 2 for error, reference in pairs)

@@ -14,6 +14,8 @@ from ..core.errors import GraftError
 from .checkpoints import FOLDER
 from .settings import TrainSettings
 
+STATUS = Path("/proc/self/status")
+
 
 def check_folder(out: Path, settings: TrainSettings) -> None:
     """GraftError where `out` cannot be written, or holds what must not be lost. Changes nothing."""
@@ -59,5 +61,9 @@ def memory_peak() -> int:
     """Most bytes ever held: of the accelerator where there is one, else of this process."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
+    if STATUS.is_file():  # Linux hands the peak of the process that started this one on to getrusage
+        peaks = [line.split() for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
+        if peaks:
+            return int(peaks[0][1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

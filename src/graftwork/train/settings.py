@@ -117,6 +117,9 @@ class FitSettings:
         default=None,
         check=above(0, may_be_none=True),
     )
+    lr_factor: float = option(
+        "the learning rate as a multiple of the methods' own, where no --lr is given", default=1.0, check=above(0)
+    )
     weight_decay: float = option("weight decay of the optimiser", default=0.0, check=at_least(0))
     warmup: float = option("share of the steps in which the learning rate rises", default=0.06, check=between(0, 1))
     schedule: str = option("learning-rate schedule, as transformers names them", default="linear", check=given)

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..core.adapter import Adapter
+from ..core.errors import GraftError
 from ..core.method import Method
 from ..grafting.moments import auxiliary_loss, step
 from ..store import save
@@ -41,9 +42,16 @@ class GraftTrainer(Trainer):
         self, *, adapter: Adapter, task: Task, callbacks: list[TrainerCallback], own_rates: bool = False, **given: Any
     ) -> None:
         self.own_rates = own_rates
-        super().__init__(callbacks=[Moments(adapter, given["model"], given["data_collator"]), *callbacks], **given)
+        super().__init__(
+            callbacks=[Moments(self, adapter, given["model"], given["data_collator"]), *callbacks], **given
+        )
         self.remove_callback(PrinterCallback)  # what is said during training is up to the caller's callbacks
         self.adapter, self.task = adapter, task
+        twice = next((method for method in adapter.methods if "again" in method.needs), None)
+        if twice is not None and self.args.world_size > 1:
+            found = "two passes of a step, each with other copies in each process"
+            do = "train in one, or with consistency=0 and ddp_find_unused_parameters=true"
+            raise GraftError(f"train {twice} in {self.args.world_size} processes", found, do)
         self.data_collator = collating(self.data_collator)
         # `compute_loss` scales for accumulation and processes itself, so the Trainer must not
         self.model_accepts_loss_kwargs = True
@@ -70,6 +78,7 @@ class GraftTrainer(Trainer):
     ) -> tuple[list[Any], Any]:
         """The batches of one optimiser step, and how many labels they hold on all processes."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.samples = samples
         count = sum((self.task.items(batch["labels"]) for batch in samples), torch.tensor(0)).to(device)
         return samples, self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
@@ -83,7 +92,9 @@ class GraftTrainer(Trainer):
         """The model's own loss, in training weighted so that a step is the mean over all its labels, whatever the
         accumulation and the number of processes (many models accept `num_items_in_batch` and ignore it), plus the
         adapter's auxiliary loss."""
-        outputs = model(**into_context(self.accelerator.unwrap_model(model), inputs))
+        plain = self.accelerator.unwrap_model(model)
+        given = into_context(plain, inputs)
+        outputs = model(**given)
         labels = inputs["labels"]
         if self.label_smoother is not None:
             loss = self.label_smoother(outputs, labels, shift_labels=self.task.name == "causal")
@@ -91,10 +102,28 @@ class GraftTrainer(Trainer):
             loss = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
         if model.training and num_items_in_batch is not None:
             share = self.task.items(labels) / num_items_in_batch
-            extra = auxiliary_loss(self.accelerator.unwrap_model(model))
+            extra = auxiliary_loss(plain, outputs, lambda: plain(**given))
             # the processes' gradients are averaged afterwards
             loss = loss * share * self.accelerator.num_processes + extra / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
+
+    def step_apart(self) -> None:
+        """After the optimiser's step: the one of losses that have a step of their own, on the same batches."""
+        model, optimizer = self.accelerator.unwrap_model(self.model), self.optimizer
+        if optimizer is None or not any("apart" in method.needs for method in self.adapter.methods):
+            return
+        optimizer.zero_grad()
+        for batch in self.samples:
+            with self.compute_loss_context_manager():
+                model(**into_context(model, self._prepare_inputs(batch)))
+                loss = auxiliary_loss(model, apart=True)
+            if isinstance(loss, Tensor):
+                self.accelerator.backward(loss / len(self.samples))
+        if self.args.world_size > 1:  # DDP averages the gradients of its own passes alone
+            for p in self.adapter.parameters():
+                if p.grad is not None and not isinstance(p.grad, DTensor):
+                    p.grad = self.accelerator.reduce(p.grad, "mean")
+        optimizer.step()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The adapter with all that training needs, in output_dir/adapter. All processes must call it; the first
@@ -128,8 +157,8 @@ def split(optimizer: torch.optim.Optimizer, adapter: Adapter, own: bool = False)
 class Moments(TrainerCallback):
     """What the adapter's methods and the data must be told during training."""
 
-    def __init__(self, adapter: Adapter, model: nn.Module, collator: Any) -> None:
-        self.adapter, self.model, self.collator = adapter, model, collator
+    def __init__(self, trainer: GraftTrainer, adapter: Adapter, model: nn.Module, collator: Any) -> None:
+        self.trainer, self.adapter, self.model, self.collator = trainer, adapter, model, collator
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if hasattr(self.collator, "epoch"):
@@ -140,6 +169,7 @@ class Moments(TrainerCallback):
     ) -> None:
         # gradients are still there; the Trainer counts the step only afterwards
         step(self.model, min((state.global_step + 1) / state.max_steps, 1.0), given.get("optimizer"))
+        self.trainer.step_apart()
 
 
 class Best(TrainerCallback):

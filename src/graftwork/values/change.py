@@ -9,8 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..core import spectrum
-from ..core.spectrum import Spectrum
+from ..products import spectrum
+from ..products.spectrum import Spectrum
 
 
 @dataclass(frozen=True)

@@ -5,23 +5,19 @@ Caccia et al. 2023, "Multi-Head Adapter Routing for Cross-Task Generalization", 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter, Part
+from ..core.adapter import Adapter
 from ..core.errors import GraftError
 from ..core.method import Method
-from ..grafting.graft import attach, build, check_name, find
-from ..grafting.install import check_free
-from ..grafting.root import body_of
 from ..methods.weight.allocation import Router
 from ..methods.weight.lora import LoRA
 from ..methods.weight.poly import Poly
 from ..methods.weight.skills import Skills
-from .hold import inherit
+from .turned import Turn, turned
 
 Tensors = dict[str, Tensor]
 
@@ -67,7 +63,7 @@ def add_task(
         if "router" in old:
             new["router"].load_state_dict(grown(old["router"], new["router"]))  # type: ignore[arg-type]
 
-    return _made(model, name, of, asked, more, values, shared, seed)
+    return turned(model, name, of, asked, Turn(Poly, "skills", more, values, shared), seed)
 
 
 @torch.no_grad()
@@ -86,42 +82,4 @@ def mean_skill(model: nn.Module, name: str, of: str) -> Adapter:
         down, up = old.down.mean(1), old.up.mean(1)  # [splits, r, in / splits], [splits, out / splits, r]
         return {"down": down.transpose(0, 1).flatten(1), "up": up.flatten(0, 1)}
 
-    return _made(model, name, of, f"the mean skill of {of!r}", plain, values, lambda old, new: None, 0)
-
-
-def _made(
-    model: nn.Module,
-    name: str,
-    of: str,
-    asked: str,
-    method: Callable[[Poly], Method],
-    values: Callable[[Skills, nn.Module], Tensors],
-    shared: Callable[[nn.ModuleDict, nn.ModuleDict], None],
-    seed: int,
-) -> Adapter:
-    """The adapter `of` with each `poly` in it turned into another method, at the same sites; copies of all others."""
-    body = body_of(model)
-    check_free(model, body)
-    check_name(model, name)
-    source, generator = find(model, of), torch.Generator().manual_seed(seed)
-    if not any(isinstance(m, Poly) for m in source.methods):
-        raise GraftError(asked, f"{source!r} has no skills", "name an adapter of gw.Poly")
-    parts: list[Part] = []
-    for old in source.parts:
-        poly = isinstance(old.method, Poly)
-        made = method(old.method) if isinstance(old.method, Poly) else old.method
-        new = build(made, [body.sites[site.key] for site in old.sites], body.anatomy, generator)
-        if poly:
-            shared(old.shared_modules, new.shared_modules)
-        else:
-            new.shared_modules.load_state_dict(old.shared_modules.state_dict())
-        for key, delta in new.deltas.items():
-            was = old.deltas[key]
-            tensors = values(was, delta) if isinstance(was, Skills) else dict(was.state_dict())
-            delta.restore({n: t.detach().clone() for n, t in tensors.items()})
-        parts.append(new)
-    adapter = Adapter(name, parts)
-    inherit(adapter, [source])
-    adapter.metadata["composed"] = {"of": of, "how": asked}
-    attach(model, adapter, body)
-    return adapter
+    return turned(model, name, of, f"the mean skill of {of!r}", Turn(Poly, "skills", plain, values), 0)

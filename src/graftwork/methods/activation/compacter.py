@@ -49,6 +49,7 @@ class PHM(Method):
     at: str = where("self.attn, mlp | linear | conv")
 
     identity = False
+    sized_by = ("reduction",)
 
     def width(self, site: Site) -> int:
         """m at this site, a multiple of n."""

@@ -41,6 +41,9 @@ class LoRETTAAdp(Method):
     init: str = choice("zero", "zero", "released")
     at: str = where("attn, mlp | linear | conv")
 
+    sized_by = ("tt_rank",)
+    lr = 5e-3
+
     @property
     def identity(self) -> bool:  # type: ignore[override]
         """No factor is zero in the released initial values."""

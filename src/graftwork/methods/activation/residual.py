@@ -78,10 +78,10 @@ class Branch(Delta):
 class Residual(Branch):
     """down = D, up = U, with their biases, norm and scale."""
 
-    def __init__(self, method: Bottleneck, site: Site) -> None:
+    def __init__(self, method: Bottleneck, site: Site, like: Tensor | None = None) -> None:
         super().__init__(method.position, site)
         d_in, m, d_out = method.widths(site)
-        like = site.like
+        like = site.like if like is None else like
         down, up = starts(method.init, method.init_std)
         self.down = parameter((m, d_in), down, like)
         self.up = parameter((d_out, m), up, like)

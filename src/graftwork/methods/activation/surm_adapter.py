@@ -36,6 +36,8 @@ class SURMAdapter(Method):
     act: str = choice("gelu", *ACTIVATIONS)
     at: str = where("attn, mlp | linear | conv")
 
+    lr = 5e-3
+
     def build(self, site: Site, part: Part) -> StructuredBranch:
         check(self.kind, site.d, site.d, self.r, f"{self} at {site.key}")
         return StructuredBranch(self, site)

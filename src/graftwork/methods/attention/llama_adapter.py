@@ -41,6 +41,8 @@ class LlamaAdapter(Method):
     init_std: float = number(1.0, low=0.0)
     at: str = where("self.attn")
 
+    lr = 1e-2
+
     def build(self, site: Site, part: Part) -> Prompted | None:
         if not self.reaches(site):
             return None

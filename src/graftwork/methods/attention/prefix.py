@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftwork.core.adapter import Part
-from graftwork.core.attention import Attention
 from graftwork.core.delta import Delta
 from graftwork.core.fields import choice, fraction, number, positive, where
 from graftwork.core.initial import kaiming_uniform, normal, parameter, uniform
@@ -22,6 +21,7 @@ from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 from graftwork.sites.heads import widths
 
+from .front import Front
 from .positions import Shift
 
 
@@ -53,6 +53,11 @@ class Prefix(Method):
     at: str = where("attn")
 
     identity = False
+
+    @property
+    def lr(self) -> float:  # type: ignore[override]
+        """Numbers that nothing rescales move little by little: without an MLP they need a higher rate."""
+        return 25 * Method.lr if self.reparam == "flat" else Method.lr
 
     def build(self, site: Site, part: Part) -> Delta:
         if site.role == "entry":
@@ -104,15 +109,14 @@ class Embedding(nn.Module):
         return torch.tanh(F.linear(self.table, self.weight, self.bias))
 
 
-class PrefixDelta(Delta):
+class PrefixDelta(Front):
     """keys [length, d_k] and values [length, d_v]; or W_2 and b_2, which make them from the shared hidden layer."""
 
     def __init__(self, method: Prefix, site: Site, d_k: int, d_v: int, shared: Embedding | None = None) -> None:
-        super().__init__()
+        super().__init__(method.dropout)
         like = site.like
-        self.split, self.dropout = [d_k, d_v], method.dropout
+        self.split = [d_k, d_v]
         self._shared = () if shared is None else (shared,)
-        self.gate: nn.Module | None = None
         if shared is None:
             self.keys = parameter((method.length, d_k), normal(method.init_std), like)
             self.values = parameter((method.length, d_v), normal(method.init_std), like)
@@ -122,29 +126,7 @@ class PrefixDelta(Delta):
             self.bias = parameter((d_k + d_v,), uniform(-bound, bound), like)
 
     def produced(self) -> tuple[Tensor, Tensor]:
-        """P_K [length, d_k] and P_V [length, d_v]."""
         if not self._shared:
             return self.keys, self.values
         keys, values = F.linear(self._shared[0](), self.weight, self.bias).split(self.split, dim=-1)
         return keys, values
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attention: Attention) -> Tensor:
-        keys, values = (self.in_front(p, t) for p, t in zip(self.produced(), (k, v), strict=True))
-        if self.gate is not None:
-            g = self.gate(attention.input, self.runtime)[..., None].to(keys.dtype)  # [batch, 1, 1, 1]
-            keys, values = g * keys, g * values
-        out = attention(q, torch.cat([keys, k], 2), torch.cat([values, v], 2), mask)
-        rows = self.context("prefix_rows")
-        if rows is None:
-            return out
-        # hidden rows take the backbone's own attention, so that they are its result to the bit
-        return torch.where(rows.to(q.device)[:, None, None, None], out, attention(q, k, v, mask))
-
-    def in_front(self, p: Tensor, t: Tensor) -> Tensor:
-        """p [length, heads d_head] as keys or values [batch, heads, length, d_head] beside t."""
-        batch, heads, _, d_head = t.shape
-        p = p.to(t.dtype).view(1, p.shape[0], -1, d_head).transpose(1, 2)
-        if p.shape[1] != heads:  # this module repeats grouped heads before its attention call
-            p = p.repeat_interleave(heads // p.shape[1], 1)
-        p = p.expand(batch, -1, -1, -1)
-        return F.dropout(p, self.dropout, self.training)  # a mask of its own for every row

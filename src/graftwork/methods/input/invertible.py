@@ -59,15 +59,19 @@ class Invertible(Method):
         return total
 
 
+def like(site: Site, part: Part) -> Tensor | None:
+    """A tensor of the tower's dtype and device: what embeds its sequence may have none of its own (a dropout)."""
+    towers = [s.module for s in part.anatomy.of("entry") if s.tower == site.tower]
+    return next((p for module in (site.module, *towers) for p in module.parameters()), None)
+
+
 class Bijection(Delta):
     """coupling: f."""
 
     def __init__(self, method: Invertible, site: Site, part: Part) -> None:
         super().__init__()
         kind = Glow if method.coupling == "glow" else Nice
-        towers = (s for s in part.anatomy.of("entry") if s.tower == site.tower)
-        like = next((p for s in towers for p in s.module.parameters()), None)
-        self.coupling = kind(site.d, method.reduction, method.act, method.init_std, like)
+        self.coupling = kind(site.d, method.reduction, method.act, method.init_std, like(site, part))
         self.undone = site.unembed is not None
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:

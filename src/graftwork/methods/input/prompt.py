@@ -60,6 +60,7 @@ class Prompt(Method):
     at: str = where("entry")
 
     identity = False
+    lr = 1e-1
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,7 +18,7 @@ from graftwork.core.fields import choice, flag, number, positive, words
 from graftwork.core.method import Method, method
 from graftwork.core.mixer import Members, Mixer
 from graftwork.core.site import Site
-from graftwork.core.spectrum import of_factors
+from graftwork.products.spectrum import of_factors
 
 
 @method("arrow")

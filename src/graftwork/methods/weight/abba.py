@@ -14,7 +14,7 @@ from graftwork.core.fields import choice, fraction, number, rank, where
 from graftwork.core.initial import kaiming_uniform, made, zeros
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
-from graftwork.core.spectrum import leading
+from graftwork.products.spectrum import leading
 
 from .hadamard import Hadamard
 
@@ -43,6 +43,7 @@ class ABBA(Method):
     at: str = where("q, k, v, o, gate, up, down | q, k, v, o, up, down | linear | conv")
 
     mergeable = True
+    sized_by = ("r1", "r2")
 
     @property
     def s(self) -> float:

@@ -54,6 +54,7 @@ class AdaLoRA(Method):
     at: str = where("q, k, v, o, up, down | linear | conv")
 
     mergeable = True
+    sized_by = ("init_r", "target_r")
     needs = ("step",)
 
     def __post_init__(self) -> None:

@@ -41,6 +41,7 @@ class BitFit(Method):
     at: str = where("any")
 
     mergeable = True
+    lr = 1e-2
 
     def build(self, site: Site, part: Part) -> Shift | None:
         sizes = self.sizes(site)

@@ -48,6 +48,7 @@ class BOFT(Method):
     at: str = where("q, v | linear | conv")
 
     mergeable = True
+    lr = 1e-2
 
     def size(self, w: Weight) -> int:
         """b at a weight."""

@@ -42,6 +42,7 @@ class EigenLoRAx(Method):
     at: str = where("q, v | linear")
 
     mergeable = True
+    lr = 5e-3
 
     def build(self, site: Site, part: Part) -> Coordinates:
         site.weight.require_matrix("eigenlorax", self.dropout)

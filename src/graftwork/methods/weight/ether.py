@@ -43,6 +43,7 @@ class ETHER(Method):
 
     identity = False
     mergeable = True
+    lr = 1e-2
 
     def build(self, site: Site, part: Part) -> Reflected:
         return _reflected(self, site, relaxed=False)
@@ -70,6 +71,7 @@ class ETHERPlus(Method):
     at: str = where("q, v | linear | conv")
 
     mergeable = True
+    lr = 1e-2
 
     def build(self, site: Site, part: Part) -> Reflected:
         return _reflected(self, site, relaxed=True)

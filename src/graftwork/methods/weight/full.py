@@ -24,6 +24,7 @@ class Full(Method):
     outputs: number of rows of the last module's weight and bias (a head of its own size: fresh rows, kaiming-uniform,
         bias zero); None keeps the backbone's.
     only: names of the module's parameters ("bias"); empty takes all of them.
+    lr: a head ("at='head'") starts at random, and is what some methods move most: five times the rate of others where none is given.
     Parameters: all of the module's.  The backbone's own values stay untouched, so several heads live on one backbone.
     When: the reference that every method is compared with, heads, norms, or single layers that are trained whole.
     """
@@ -34,6 +35,11 @@ class Full(Method):
 
     mergeable = True
     replaces = True
+
+    @property
+    def lr(self) -> float:  # type: ignore[override]
+        """Higher for a head alone."""
+        return 5 * Method.lr if self.at == "head" else Method.lr
 
     def build(self, site: Site, part: Part) -> Values | None:
         if site.rows is not None:

@@ -25,6 +25,8 @@ from graftwork.core.site import Site
 from graftwork.core.weight import Weight
 from graftwork.products.lowrank import low_rank
 
+from .biases import require_bias
+
 INITIAL: dict[str, Initial] = {"xavier": xavier_uniform(), "kaiming": kaiming_uniform(), "normal": normal(0.02)}
 
 
@@ -52,6 +54,7 @@ class Hydra(Method):
     at: str = where("o, down | linear | conv")
 
     mergeable = True
+    sized_by = ("r_parallel", "r_sequential")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,9 +64,8 @@ class Hydra(Method):
     def build(self, site: Site, part: Part) -> TwoHeads:
         w = site.weight
         w.require_matrix("hydra")
-        if self.bias and w.bias is None:
-            found = f"{type(site.module).__name__}, which has no place for one"
-            raise GraftError(f"{self} at {site.key}: a bias", found, "set bias=False for these sites")
+        if self.bias:
+            require_bias(f"{self}: a bias", site, "set bias=False for these sites")
         return TwoHeads(self, w)
 
     def count(self, site: Site) -> int:

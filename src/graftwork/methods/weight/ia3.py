@@ -39,6 +39,7 @@ class IA3(Method):
     at: str = where("k, v, down | k, v | linear | conv")
 
     mergeable = True
+    lr = 1e-2
 
     def build(self, site: Site, part: Part) -> Rescale:
         site.weight.require_matrix("ia3")

@@ -47,6 +47,7 @@ class KAdaptation(Method):
     at: str = where("q, v | linear | conv")
 
     mergeable = True
+    sized_by = ("fast_rank",)
 
     def build(self, site: Site, part: Part) -> Shared:
         w = site.weight

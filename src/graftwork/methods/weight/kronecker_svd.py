@@ -12,8 +12,8 @@ from graftwork.core.errors import GraftError
 from graftwork.core.initial import parameter, values
 from graftwork.core.plan import Host
 from graftwork.core.site import Site
-from graftwork.core.spectrum import Spectrum, leading
 from graftwork.core.weight import Weight
+from graftwork.products.spectrum import Spectrum, leading
 
 from .formed import is_thin
 from .kronecker import factorized, kronecker_linear, kronecker_sum, rearranged, work_of

@@ -31,6 +31,7 @@ class LNTuning(Method):
     at: str = where("norm")
 
     mergeable = True
+    lr = 1e-2
 
     def build(self, site: Site, part: Part) -> Shift | None:
         owned = {name: p for name, p in site.module._parameters.items() if p is not None}

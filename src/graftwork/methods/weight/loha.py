@@ -47,6 +47,7 @@ class LoHa(Method):
     at: str = where("q, v | linear | conv")
 
     mergeable = True
+    lr = 1e-2
 
     def build(self, site: Site, part: Part) -> Hadamard:
         w = site.weight

@@ -71,6 +71,7 @@ class LoKr(Method):
     at: str = where("q, v | linear | conv")
 
     mergeable = True
+    lr = 5e-3
 
     def build(self, site: Site, part: Part) -> Kronecker:
         site.weight.require_matrix("lokr")

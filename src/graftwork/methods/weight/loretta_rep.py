@@ -42,6 +42,8 @@ class LoRETTARep(Method):
     at: str = where("q, v | linear | conv")
 
     mergeable = True
+    sized_by = ("tt_rank",)
+    lr = 1e-2
 
     @property
     def identity(self) -> bool:  # type: ignore[override]

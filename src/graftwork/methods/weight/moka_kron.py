@@ -53,6 +53,7 @@ class MoKAKron(Method):
     at: str = where("q, v | linear | conv")
 
     mergeable = True
+    lr = 5e-3
 
     def __post_init__(self) -> None:
         super().__post_init__()

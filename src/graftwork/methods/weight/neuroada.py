@@ -42,6 +42,7 @@ class NeuroAda(Method):
     at: str = where("q, k, v, o, gate, up, down | q, k, v, o, up, down | linear | conv")
 
     mergeable = True
+    lr = 5e-3
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -45,6 +45,7 @@ class RoAd(Method):
     at: str = where("q, k, v, o, gate, up, down | q, k, v, o, up, down | linear | conv")
 
     mergeable = True
+    lr = 1e-2
 
     def __post_init__(self) -> None:
         super().__post_init__()

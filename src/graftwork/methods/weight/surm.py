@@ -48,6 +48,7 @@ class SURM(Method):
     at: str = where("q, k, v | linear | conv")
 
     mergeable = True
+    lr = 5e-3
 
     def build(self, site: Site, part: Part) -> StructuredUpdate:
         w = site.weight

@@ -42,6 +42,7 @@ class VeRA(Method):
     at: str = where("q, v | linear | conv")
 
     mergeable = True
+    lr = 3e-2
 
     def build(self, site: Site, part: Part) -> Scaled:
         site.weight.require_matrix("vera", self.dropout)

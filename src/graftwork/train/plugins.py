@@ -8,6 +8,8 @@ from pathlib import Path
 
 from ..core.errors import GraftError
 
+RAN: list[str] = []  # what a process that this one starts must run too
+
 
 def run(path: str) -> None:
     """Import the Python file at `path`. GraftError where there is none."""
@@ -18,3 +20,4 @@ def run(path: str) -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
+    RAN.append(str(file.resolve()))

@@ -1,0 +1,82 @@
+"""The delta of a block that may be left out (see `das`)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftwork.core.delta import Delta
+from graftwork.core.errors import GraftError
+from graftwork.core.passes import Runtime
+from graftwork.core.plan import first_tensor
+from graftwork.core.site import Site
+
+from ..side.inputs import CARRIED
+from .search import Search, block_name
+
+
+class Skipped(Delta):
+    """instead = S_i, an edit of the block's input;  gate = g_i, which no gradient reaches."""
+
+    gate: Tensor
+
+    def __init__(self, instead: Delta, search: Search, site: Site) -> None:
+        super().__init__()
+        self.instead, self._search = instead, (search,)  # the search is shared by all blocks, and no child of one
+        self.name, self.path, self.layer = block_name(site), site.path, site.layer
+        self.register_buffer("gate", torch.zeros((), device="cpu"))
+        self._seen = 0  # writes to the gate
+        self.names = list(inspect.signature(site.module.forward).parameters)
+
+    def inner(self) -> list[Delta]:
+        return [self.instead]
+
+    def join(self, runtime: Runtime) -> None:
+        super().join(runtime)
+        self._search[0].refresh()  # it has the stored gates now, if there are any
+
+    def around(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        search = self._search[0]
+        if not torch.compiler.is_compiling() and self.gate._version != self._seen:
+            self._seen = self.gate._version
+            search.refresh()
+        if not search.skips(self.name, self.training):
+            out = base(*args, **kwargs)
+            search.returns = _returned(out, self.key)
+            return out
+        if search.returns is None:
+            with torch.no_grad():  # once: what does a block return?
+                bare = {name: _uncached(value) for name, value in kwargs.items()}
+                search.returns = _returned(base(*map(_uncached, args), **bare), self.key)
+        if not torch.compiler.is_compiling():
+            self.runtime.left_out.add(self.path)
+        x = first_tensor(args, kwargs)
+        z, given = self.instead(x, x), dict(zip(self.names, args, strict=False)) | kwargs
+        cache = given.get("past_key_values")
+        if (
+            self.layer == 0 and cache is not None and hasattr(cache, "get_seq_length")
+        ):  # its length is that of the first layer
+            room = x.new_zeros(x.shape[0], 1, x.shape[1], 1)
+            cache.update(room, room, 0)
+        if not search.returns:
+            return z
+        carried = [given.get(name) for name in CARRIED] + [None] * search.returns
+        return (z, *carried[: search.returns - 1])
+
+
+def _returned(out: Any, key: str) -> int:
+    """How many values: 0 for a tensor, otherwise the length of the tuple."""
+    if isinstance(out, Tensor):
+        return 0
+    if not isinstance(out, tuple) or not isinstance(out[0], Tensor):
+        raise GraftError(f"leave out {key}", f"a block that returns {type(out).__name__}", "use another method")
+    return len(out)
+
+
+def _uncached(value: Any) -> Any:
+    """An argument of a block, without the key-value cache."""
+    return None if hasattr(value, "get_seq_length") else value
