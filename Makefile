@@ -9,7 +9,7 @@ export GRAFTWORK_DATA ?= $(abspath ../shared/data)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo compose test test-adapterhub slow systems check anatomy clean
+.PHONY: demo compose test test-adapterhub test-quantised slow systems check anatomy clean
 
 # torch first and pinned: any other build would bring gigabytes of CUDA
 $(VENV)/installed-%: pyproject.toml constraints.txt
@@ -40,6 +40,9 @@ test-adapterhub: $(VENV)/installed-test $(PEER)/installed   ## AdapterHub's own 
 	$(PEER)/bin/python tests/fixtures/adapterhub/check.py $(PEER)/written
 	rm -rf $(PEER)/made && $(PEER)/bin/python tests/fixtures/adapterhub/make.py $(PEER)/made
 	$(BIN)/python tests/fixtures/adapterhub/same.py $(PEER)/made
+
+test-quantised: $(VENV)/installed-test $(VENV)/installed-quantised   ## adapters on a backbone held in 4 and 8 bits, with the libraries that quantise
+	$(BIN)/python -m pytest tests/core/test_quantised.py
 
 slow: $(VENV)/installed-test          ## the tests that take longer than a minute
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow

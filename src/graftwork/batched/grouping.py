@@ -198,6 +198,9 @@ def form(module: nn.Module, delta: WeightDelta) -> str:
 
 def _dense(made: Table, module: nn.Module, site: Site, members: dict[int, list[WeightDelta]]) -> Denses:
     names = tuple(dict.fromkeys(name for chain in members.values() for d in chain for name in d.names()))
+    if site.weight.codes is not None and site.weight.name in names:
+        found = "the backbone holds it quantised, and its own layer runs with no other weight"
+        raise GraftError(f"one weight per row at {site.key}", found, "activate one adapter at a time for its rows")
     step = Denses(made, site.key, members, names, module, together=False)
     if any(d.overrides("product") for chain in members.values() for d in chain):
         return step  # what is mixed has the shape of what the module gives

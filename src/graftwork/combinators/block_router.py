@@ -25,7 +25,7 @@ class BlockRouter(Delta):
 
     def __init__(self, method: MoA, site: Site, keys: nn.Module) -> None:
         super().__init__()
-        experts, d, like = len(method.of), site.d, next(site.module.parameters())
+        experts, d, like = len(method.of), site.d, site.like
         self.gate = self.gate_bias = self.up = self.up_bias = self.tau = self.tau_bias = None
         inner = d
         if method.router == "swiglu":

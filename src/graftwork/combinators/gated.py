@@ -52,7 +52,7 @@ class Gated(Around):
         if self.tokens == "real" and any(s.cross and s.tower == site.tower for s in part.anatomy.sites):
             found = "a decoder with cross-attention: the attention mask is the encoder's"
             raise GraftError(f"{self} at {site.key}", found, "use tokens='all', or gate the encoder's sites")
-        gate = Gate(self, self.of.reads(site), next(site.module.parameters()))
+        gate = Gate(self, self.of.reads(site), site.like)
         if isinstance(delta, WeightDelta):
             if not (site.weight.linear and delta.overrides("linear")):
                 do = "choose linear layers"

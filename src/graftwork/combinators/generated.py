@@ -64,7 +64,7 @@ class Generated(Around):
             raise GraftError(f"{self} at {site.key}", found, "generate another method")
         if isinstance(template, WeightDelta):
             template.place(site.key, site.weight)
-        like = next(site.module.parameters())
+        like = site.like
         tasks = part.shared("tasks", lambda: Tasks(self, like))
         layers, places = places_of([s for s in part.sites if s.tower == site.tower])
         tower = part.shared(f"tower {site.tower}", lambda: Controller(self, len(layers), len(places), like))

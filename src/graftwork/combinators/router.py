@@ -27,7 +27,7 @@ class Router(nn.Module):
 
     def __init__(self, method: Mixture, site: Site) -> None:
         super().__init__()
-        like = next(site.module.parameters())
+        like = site.like
         init = kaiming_uniform() if method.router_init == "kaiming" else normal(method.router_std)
         self.weight = parameter((method.experts_at(site), method.dim(site)), init, like)
         self.top_k, self.renormalise = method.top_k or len(self.weight), method.renormalise

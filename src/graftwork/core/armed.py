@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .attention import intercept, uses_interface
 from .passes import Runtime
 from .plan import Plan
+from .quantised import product
 
 if TYPE_CHECKING:
     from ..grafting.root import Root
@@ -88,10 +89,11 @@ class Armed:
         keeping = plan.keeps and self._keeping(module, plan)
         if plan.rowwise or (plan.linear and not keeping):  # what stands in for the adapted weight calls the plain host
             return plan.run(partial(self._plainly, module, forward), runtime, True, args, kwargs)
+        whole = product if plan.decodes else forward
         before = self.cache
         self.cache = {name: plan.kept(module, name) for name in plan.weights} if keeping else {}
         try:
-            return plan.run(partial(forward, module), runtime, False, args, kwargs)
+            return plan.run(partial(whole, module), runtime, False, args, kwargs)
         finally:
             self.cache = before
 

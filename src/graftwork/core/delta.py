@@ -234,8 +234,9 @@ class WeightDelta(Delta):
         return tuple(changed)
 
     def adapted(self, name: str, stored: Tensor | None) -> Tensor | None:
-        """The host's parameter `name` in its stored layout, adapted."""
+        """The host's parameter `name` in its stored layout, in numbers, adapted."""
         if name == self.view.name and stored is not None:
+            stored = self.view.decoded(stored)
             if stored.shape != self.view.stored:
                 raise GraftError(
                     f"the weight {name!r} of {self.key}",

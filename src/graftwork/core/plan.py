@@ -61,9 +61,8 @@ class Plan:
     def __init__(self, module: nn.Module) -> None:
         self.weights: dict[str, list[WeightDelta]] = {}  # parameter name -> deltas, first applied first
         self.linear: list[tuple[WeightDelta, Host]] = []  # the fast path, empty where there is none
-        self.rowwise: list[
-            Callable[..., Tensor]
-        ] = []  # a weight for each row or token: each step calls the one before it, the module first
+        # a weight for each row or token: each step calls the one before it, the module first
+        self.rowwise: list[Callable[..., Tensor]] = []
         self.capture: list[Delta] = []  # deltas elsewhere that want this module's input
         self.enter: list[Delta] = []
         self.amend: list[Delta] = []
@@ -71,6 +70,7 @@ class Plan:
         self.attend: list[Delta] = []
         self.around: list[Delta] = []
         self.channels_first = channels_first(module)
+        self.decodes = False  # the host's own forward asks for a weight of codes, which the adapted one is not
         self.keeps = False  # adapted weights are kept from one inference pass to the next
         self._kept: Keeper[Tensor | None] = Keeper()
 
@@ -83,7 +83,9 @@ class Plan:
         # the first sees the backbone's own product, so that it need not be additive
         if fast and (all(d.additive for d in distinct[1:]) or disjoint(distinct)):
             self.linear = [(d, Host(module, d.view, first=i == 0)) for i, d in enumerate(distinct)]
-        self.keeps = all(d.lasting for d in distinct) and (not self.linear or any(map(_dear, distinct)))
+        self.decodes = any(d.view.codes is not None for d in self.weights.get("weight", ()))
+        lasting = all(d.lasting for d in distinct) and not self.decodes  # kept, it would cost more than the backbone's
+        self.keeps = lasting and (not self.linear or any(map(_dear, distinct)))
         if self.keeps:
             sources = (m for d in distinct for source in d.sources() for m in source.modules())
             self._kept = Keeper([module, *sources])

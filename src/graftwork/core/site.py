@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
 from .weight import Weight, weight_of
@@ -44,6 +45,7 @@ class Site:
     unembed: str | None = None
     heads: int | None = None
     width: int | None = None  # of the activation at the output, for sites that are not one weight
+    dtype: torch.dtype | None = None  # of the activations, on a backbone whose weights are quantised
 
     @cached_property
     def key(self) -> str:
@@ -53,7 +55,7 @@ class Site:
     @cached_property
     def weight(self) -> Weight:
         """The dense [out, in] view of the site's parameter. GraftError where it has none."""
-        return weight_of(self.module, self.param, self.rows, self.transposed)
+        return weight_of(self.module, self.param, self.rows, self.transposed, self.dtype)
 
     @property
     def dense(self) -> Tensor:
@@ -61,6 +63,12 @@ class Site:
         stored = self.module._parameters[self.weight.name]
         assert stored is not None
         return self.weight.dense(stored.detach())
+
+    @property
+    def like(self) -> Tensor:
+        """An empty tensor on the device of the module's first parameter, of its dtype or that of the activations."""
+        first = next(self.module.parameters())
+        return torch.empty(0, dtype=self.dtype or first.dtype, device=first.device)
 
     @property
     def entered(self) -> str | None:

@@ -10,8 +10,9 @@
 | MultiheadAttention | in_proj_weight [3d, d] | a slice of its rows |
 | experts, a bare parameter | [E, out, in] or [E, in, out] | [E, out, in] |
 | norm scale | [d] | [d], a vector |
+| quantised Linear | codes | their values, [out, in] |
 
-Views are free (no copy); `dense` and `restore` are differentiable.
+Views are free (no copy), but that of codes; `dense` and `restore` are differentiable.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .errors import GraftError
 from .initial import Initial, parameter
+from .quantised import is_codes, is_quantised, values
 
 
 @dataclass(frozen=True)
 class Weight:
-    """The dense view of one parameter of one host. Holds shapes only, never the tensor.
+    """The dense view of one parameter of one host. Holds shapes, never the tensor.
 
     name, bias: names of the parameters on the host (bias None: the host has no place for one).
     shape: (*batch, out, in), or (d,) for a vector;  linear: calling the host is y = x W^T + b over the last axis;
@@ -46,6 +48,9 @@ class Weight:
     linear: bool = False
     lookup: bool = False
     like: Tensor | None = None  # an empty tensor with the host's dtype and device
+    codes: nn.Module | None = (
+        None  # the host, where it holds the weight in few bits: `stored` is then the shape of the values
+    )
 
     @property
     def d_out(self) -> int:
@@ -102,8 +107,14 @@ class Weight:
         whole = self._whole(stored)
         return whole if self.rows is None else whole[self.rows[0] : self.rows[1]]
 
+    def decoded(self, stored: Tensor) -> Tensor:
+        """The stored parameter, in numbers where it is held in codes."""
+        if self.codes is None or (stored.shape == self.stored and not is_codes(stored)):
+            return stored
+        return values(self.codes, stored).to(self.like)
+
     def restore(self, stored: Tensor, dense: Tensor) -> Tensor:
-        """The parameter in its stored layout with `dense` in the place of the view."""
+        """The parameter in its stored layout, in numbers, with `dense` in the place of the view."""
         if self.rows is not None:
             whole = self._whole(stored)
             dense = torch.cat([whole[: self.rows[0]], dense.to(stored.dtype), whole[self.rows[1] :]])
@@ -111,7 +122,7 @@ class Weight:
 
     def _whole(self, stored: Tensor) -> Tensor:
         if self.layout == "plain":
-            return stored
+            return self.decoded(stored)
         if self.layout == "kernel" or self._deconvolution:
             stored = stored.flatten(1)
         return stored if self.layout == "kernel" else stored.mT
@@ -142,9 +153,16 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def weight_of(
-    module: nn.Module, name: str = "weight", rows: tuple[int, int] | None = None, transposed: bool = False
+    module: nn.Module,
+    name: str = "weight",
+    rows: tuple[int, int] | None = None,
+    transposed: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Weight:
-    """The dense view of `module`'s parameter `name`. GraftError where there is no such parameter."""
+    """The dense view of `module`'s parameter `name`. GraftError where there is no such parameter.
+
+    dtype: that of the values of a quantised weight.
+    """
     stored = module._parameters.get(name)
     if stored is None:
         raise GraftError(
@@ -164,20 +182,25 @@ def weight_of(
         layout, shape = "transposed", (*stored.shape[:-2], stored.shape[-1], stored.shape[-2])
     else:
         shape = tuple(stored.shape)
+    quantised = is_quantised(module, name)
+    if quantised:
+        shape = (module.out_features, module.in_features)  # type: ignore[assignment]
     if name == "weight" and (isinstance(module, nn.Linear) or is_conv1d(module)):
         linear = True
+    held = shape if quantised else tuple(stored.shape)
     if rows is not None:
         shape = (rows[1] - rows[0], shape[-1])
     return Weight(
         name=name,
         bias=_bias_name(module, name),
         shape=tuple(shape),
-        stored=tuple(stored.shape),
+        stored=held,
         layout=layout,
         rows=rows,
         linear=linear,
         lookup=lookup,
-        like=stored.detach().new_empty(0),
+        like=torch.empty(0, dtype=dtype, device=stored.device) if quantised else stored.detach().new_empty(0),
+        codes=module if quantised else None,
     )
 
 

@@ -191,6 +191,10 @@ def _weights(module: nn.Module, deltas: Sequence[WeightDelta]) -> Call:
     fast = all(d.view.linear and d.overrides("linear") for d in deltas)
     if fast and (all(d.additive for d in deltas[1:]) or disjoint(list(deltas))):
         return partial(_fast, [(d, Host(module, d.view, first=False)) for d in deltas])
+    for d in deltas:
+        if d.view.codes is not None and d.view.name in d.names():
+            found = "the backbone holds it quantised, and its own layer runs with no other weight"
+            raise GraftError(f"the weight of {type(d).__name__} at {d.key} in a mixture", found, "mix it elsewhere")
     return partial(_whole, module, list(deltas))
 
 

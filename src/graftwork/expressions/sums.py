@@ -109,6 +109,8 @@ class WeightSum(WeightDelta):
                 self.adapted(name, self.host.module._parameters[name])
 
     def adapted(self, name: str, stored: Tensor | None) -> Tensor | None:
+        if name == self.view.name and stored is not None:
+            stored = self.view.decoded(stored)
         total, rest, other = stored, 1.0, None
         for c, deltas in self.by_name[name]:
             value = stored
@@ -158,7 +160,9 @@ class WeightSum(WeightDelta):
         return F.linear(x, self.view.dense(w), self.view.bias_of(b))
 
     def _change(self, name: str) -> Tensor | None:
-        stored = self.host.module._parameters[name]
+        stored: Tensor | None = self.host.module._parameters[name]
+        if name == self.view.name and stored is not None:
+            stored = self.view.decoded(stored)
         value = self.adapted(name, stored)
         return value if value is None or stored is None else value - stored
 

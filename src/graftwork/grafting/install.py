@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core.adapter import Adapter, Part
@@ -22,6 +22,7 @@ from ..core.errors import GraftError
 from ..core.grafted import Graft, Grafted, arm, armed, disarm
 from ..core.passes import Runtime
 from ..core.plan import Plan, read_path
+from ..core.quantised import hold_open, let_close
 from ..core.site import Site
 from ..expressions.mixed import MixedWeight, through
 from ..sites.body import Body
@@ -69,9 +70,9 @@ def check_free(model: nn.Module, body: Body) -> None:
             )
 
 
-def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The backbone's own parameters by name, each once."""
-    yield from body_of(model).parameters.items()
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The backbone's own parameters by name, each once, as in `Body.numbers`."""
+    yield from body_of(model).numbers.items()
 
 
 def plant(model: nn.Module, adapter: Adapter, body: Body) -> Root:
@@ -79,6 +80,7 @@ def plant(model: nn.Module, adapter: Adapter, body: Body) -> Root:
     if not is_grafted(model):
         root = Root(Runtime(), body)
         root.thawed = [name for name, p in body.parameters.items() if p.requires_grad]
+        root.opened = [m for m in body.modules.values() if hold_open(m)]
         root.mask_at = _mask_position(model)
         root.statistics = {
             path for path, m in body.modules.items() if isinstance(m, _BatchNorm) and m.track_running_stats
@@ -121,6 +123,8 @@ def uproot(model: nn.Module, name: str) -> None:
     if not root.adapters:
         disarm_all(model)
         del model.graft
+        for module in root.opened:
+            let_close(module)
         names = set(root.thawed)
         for parameter_name, p in model.named_parameters():
             if parameter_name in names:

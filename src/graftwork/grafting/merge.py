@@ -46,6 +46,12 @@ def merge(model: nn.Module) -> None:
                 if delta.training and delta.overrides("forward"):
                     found = f"{part.method.name} at {delta.key} is in training, where it is no weight (batch statistics, dropout)"
                     raise GraftError(f"merge {expression}", found, "call model.eval() first")
+                if delta.view.codes is not None and delta.view.name in delta.names():
+                    raise GraftError(
+                        f"merge {expression}",
+                        f"the backbone holds the weight of {delta.key} quantised, and would round what is written into it",
+                        f"save {name!r} (gw.save), load it on the backbone loaded unquantised, and merge there",
+                    )
     merged: list[tuple[nn.Module, str, nn.Parameter | None]] = []
     for module in root.armed:
         plan: Plan | None = module._armed.plan  # type: ignore[union-attr, assignment]

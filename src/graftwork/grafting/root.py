@@ -34,6 +34,7 @@ class Root(Graft):
             tuple[nn.Module, str, nn.Parameter | None]
         ] = []  # (module, parameter name, its value before merging)
         self.merged: str | None = None
+        self.opened: list[nn.Module] = []  # quantised layers that the first graft found in their form for inference
         self.clock = Clock()
         self.checked = False  # a whole pass has shown which of the active plans are reached
         self.statistics: set[str] = set()  # paths of modules with running statistics, which stay the backbone's

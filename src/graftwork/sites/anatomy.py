@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..core.quantised import activation_dtype
 from ..core.site import Site
 from . import lexicon
 from .blocks import Tower, rename, towers
@@ -67,7 +68,7 @@ class _Reader:
     def __init__(self, model: nn.Module) -> None:
         self.root = tree(model)
         self.paths = tuple(node.path for node in self.root.below)
-        self.config = getattr(model, "config", None)
+        self.config, self.dtype = getattr(model, "config", None), activation_dtype(model)
         self.towers = towers(self.root)
         holders = {id(block) for tower in self.towers for block in tower.blocks if len(tower.blocks) > 1}
         self.regions = regions(self.root, holders)
@@ -233,7 +234,6 @@ class _Reader:
             elif id(node) not in self.inside and (node.kind == "embed" or (node.kind == "conv" and _is_patch(node))):
                 self.add(Part(node, "embed"), place)
 
-    # -- sites -------------------------------------
     def add(
         self,
         part: Part,
@@ -262,6 +262,7 @@ class _Reader:
         )
 
     def put(self, site: Site) -> None:
+        site.dtype = self.dtype
         self.sites.setdefault(site.key, site)
 
 

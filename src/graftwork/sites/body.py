@@ -6,14 +6,18 @@ whether it still holds: modules that came or went, parameters that were replaced
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..core.grafted import backbone_modules
+from ..core.quantised import is_quantised
 from ..core.site import Site
+from ..core.weight import weight_of
 from .anatomy import Anatomy, anatomy
 
 T = TypeVar("T")
@@ -44,6 +48,16 @@ class Body:
     def anatomy(self) -> Anatomy:
         """The sites."""
         return anatomy(self.modules[""])
+
+    @cached_property
+    def numbers(self) -> dict[str, Tensor]:
+        """The parameters by name; of one that is held in few bits its shape, and numbers that differ from none (NaN)."""
+        unknown, found = torch.tensor(math.nan), {}
+        for name, p in self.parameters.items():
+            path, _, leaf = name.rpartition(".")
+            module = self.modules[path]
+            found[name] = unknown.expand(weight_of(module).shape) if is_quantised(module, leaf) else p
+        return found
 
     @cached_property
     def sites(self) -> dict[str, Site]:

@@ -2,7 +2,7 @@
 
 The structure is the names and shapes of the backbone's parameters. Heads and poolers are left out: they are
 re-initialised for each task. The probe is 64 numbers, so that another checkpoint of the same architecture is told apart
-while a half-precision copy of the same weights is not.
+while a half-precision copy of the same weights is not. Of weights that are held in few bits it says nothing.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def of_body(body: Body) -> Fingerprint:
     model = body.modules[""]
     apart = {site.path for site in body.anatomy.sites if site.role in APART}
     merged = _before_merging(model)
-    every = [(name, merged.get(id(p), p)) for name, p in body.parameters.items()]
+    every = [(name, merged.get(id(p), p)) for name, p in body.numbers.items()]
     frame = sorted((name, p) for name, p in every if name.rpartition(".")[0] not in apart) or sorted(every)
     text = "\n".join(f"{name} {list(p.shape)}" for name, p in frame)
     return Fingerprint(

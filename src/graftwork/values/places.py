@@ -36,7 +36,8 @@ class Place:
     def stored(self) -> Tensor | None:
         """The backbone's own value of the whole parameter."""
         value = self.site.module._parameters.get(self.param)
-        return None if value is None else value.detach()
+        weight = value is not None and self.param == self.site.param
+        return None if value is None else (self.site.weight.decoded(value) if weight else value).detach()
 
     def change(self, name: str) -> Change:
         """What the adapter `name` does to this weight."""
@@ -161,7 +162,7 @@ def site_of(body: Body, own: Sequence[Site], path: str, param: str, rows: tuple[
 def adapted(chain: Sequence[WeightDelta], name: str, value: Tensor | None) -> Tensor | None:
     """What the chain makes of a host's parameter, in float64 on the CPU; the deltas are left as they are."""
     for delta in chain:
-        twin = copy.deepcopy(delta, {id(delta.runtime): delta.runtime})
+        twin = copy.deepcopy(delta, {id(own): own for own in (delta.runtime, delta.view.codes)})
         for source in twin.sources():
             source.to("cpu", torch.float64)
         value = twin.adapted(name, value)

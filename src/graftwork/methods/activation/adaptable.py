@@ -105,7 +105,7 @@ class Switched(Delta):
 
     def __init__(self, method: AdaptableAdapters, site: Site) -> None:
         super().__init__()
-        m, d, like = method.width(site), site.d, next(site.module.parameters())
+        m, d, like = method.width(site), site.d, site.like
         down, up = starts(method.init, method.init_std)
         self.down, self.up = parameter((m, d), down, like), parameter((d, m), up, like)
         self.down_bias, self.up_bias = parameter((m,), zeros, like), parameter((d,), zeros, like)

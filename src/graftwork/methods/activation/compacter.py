@@ -61,7 +61,7 @@ class PHM(Method):
             found = f"n={self.n} does not divide d={site.d} and m={m}"
             raise GraftError(f"{self} at {site.key}", found, "choose n that divides both")
         check_position(self.position, site, f"{self} at {site.key}")
-        like = next(site.module.parameters())
+        like = site.like
         rule = part.shared("rule", lambda: Rule(self, like)) if self.shared else None
         return Hypercomplex(self, site, m, like, rule)
 

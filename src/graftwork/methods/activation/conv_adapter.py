@@ -100,7 +100,7 @@ class Local(Delta):
 
     def __init__(self, method: ConvAdapter, site: Site, window: Window) -> None:
         super().__init__()
-        w, like = method.width(window), next(site.module.parameters())
+        w, like = method.width(window), site.like
         self.window, self.groups, self.act = window, w if method.grouped else 1, method.act
         self.reading = "x" if method.position == "parallel" else "y"
         seen = window.d_in // self.groups

@@ -28,7 +28,7 @@ class Granular(Delta):
 
     def __init__(self, method: VLPETEncoder, site: Site) -> None:
         super().__init__()
-        draw, like = normal(method.init_std), next(site.module.parameters())
+        draw, like = normal(method.init_std), site.like
         m, d, seen = method.d, site.d, method.entry_width(site)
         self.kind, self.act = method.gate, method.act
         self.source = "norm" if method.source == "residual" else "input" if site.entry is None else "entry"

@@ -64,7 +64,7 @@ class TrainBranch(Branch):
     def __init__(self, method: LoRETTAAdp, site: Site) -> None:
         super().__init__("after", site)
         d, m, zero = site.d, method.bottleneck, method.init == "zero"
-        like = next(site.module.parameters())
+        like = site.like
         self.down = TensorTrain(d, m, shape_of(d, m), method.tt_rank, like)
         self.up = TensorTrain(m, d, shape_of(m, d), method.tt_rank, like, zero=zero)
         self.down_bias = parameter((m,), uniform(-(m**-0.5), m**-0.5), like)

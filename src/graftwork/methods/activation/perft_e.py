@@ -68,7 +68,7 @@ class WithinExperts(Delta):
     def __init__(self, method: PERFTE, site: Site) -> None:
         super().__init__()
         shape = (site.weight.copies, method.r, site.weight.d_out)
-        like = next(site.module.parameters())
+        like = site.like
         self.down, self.up = parameter(shape, kaiming_uniform(), like), parameter(shape, zeros, like)
         self.method = method
 

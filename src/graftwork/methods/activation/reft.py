@@ -27,7 +27,7 @@ class Reft(Delta):
 
     def __init__(self, method: LoReFT, site: Site) -> None:
         super().__init__()
-        like = next(site.module.parameters())
+        like = site.like
         self.edits: Any = nn.ModuleList(Edit(method, site.d, like) for _ in range(method.sets))
         self.visual = site.tower in ("vision", "video")
         self.span, self.dropout, self.drop_state = method.span, method.dropout, method.drop_state

@@ -81,7 +81,7 @@ class Residual(Branch):
     def __init__(self, method: Bottleneck, site: Site, like: Tensor | None = None) -> None:
         super().__init__(method.position, site)
         d_in, m, d_out = method.widths(site)
-        like = next(site.module.parameters()) if like is None else like
+        like = site.like if like is None else like
         down, up = starts(method.init, method.init_std)
         self.down = parameter((m, d_in), down, like)
         self.up = parameter((d_out, m), up, like)

@@ -51,7 +51,7 @@ class StructuredBranch(Branch):
 
     def __init__(self, method: SURMAdapter, site: Site) -> None:
         super().__init__("after", site)
-        like = next(site.module.parameters())
+        like = site.like
         self.structure = Structured(method.kind, site.d, site.d, method.r, method.k, like)
         self.shift = parameter((site.d,), zeros, like)
         self.act = method.act

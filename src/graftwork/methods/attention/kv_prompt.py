@@ -55,7 +55,7 @@ class Tied(Front):
     def __init__(self, method: KVPrompt, site: Site, d: int) -> None:
         super().__init__(method.dropout)
         fan = method.length * d // (site.heads or 1)
-        self.prompt = parameter((method.length, d), kaiming_uniform(0.0, fan), next(site.module.parameters()))
+        self.prompt = parameter((method.length, d), kaiming_uniform(0.0, fan), site.like)
 
     def produced(self) -> tuple[Tensor, Tensor]:
         return self.prompt, self.prompt

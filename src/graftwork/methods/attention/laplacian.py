@@ -93,7 +93,7 @@ class MessagePassing(Delta):
 
     def __init__(self, method: Laplacian, site: Site, output: Site) -> None:
         super().__init__()
-        like, m, d = next(site.module.parameters()), method.m(site), site.d
+        like, m, d = site.like, method.m(site), site.d
         self.down, self.down_bias = parameter((m, d), kaiming_uniform(), like), parameter((m,), zeros, like)
         self.gate_weight, self.gate_bias = parameter((m, d), kaiming_uniform(), like), parameter((m,), zeros, like)
         self.up, self.up_bias = parameter((d, m), zeros, like), parameter((d,), zeros, like)

@@ -76,7 +76,7 @@ class Prompted(Delta):
 
     def __init__(self, method: LlamaAdapter, site: Site, keys: Site, values: Site) -> None:
         super().__init__()
-        like = next(site.module.parameters())
+        like = site.like
         self.prompt = parameter((method.length, site.d), normal(method.init_std), like)
         self.gate = parameter((method.gates(site),), zeros, like)
         self.squash = method.squash

@@ -65,7 +65,7 @@ class Prefix(Method):
         d_k, d_v = widths(site)
         if self.reparam == "flat":
             return PrefixDelta(self, site, d_k, d_v)
-        like = next(site.module.parameters())
+        like = site.like
         shared = part.shared(kind_of(site), lambda: Embedding(self, site.d, like))
         return PrefixDelta(self, site, d_k, d_v, shared)
 
@@ -114,7 +114,7 @@ class PrefixDelta(Front):
 
     def __init__(self, method: Prefix, site: Site, d_k: int, d_v: int, shared: Embedding | None = None) -> None:
         super().__init__(method.dropout)
-        like = next(site.module.parameters())
+        like = site.like
         self.split = [d_k, d_v]
         self._shared = () if shared is None else (shared,)
         if shared is None:

@@ -42,7 +42,7 @@ class Choice(Delta):
 
     def __init__(self, method: CoDA, site: Site, adapter: Residual, trail: str) -> None:
         super().__init__()
-        self.weight = parameter((1, site.d), uniform(-(site.d**-0.5), site.d**-0.5), next(site.module.parameters()))
+        self.weight = parameter((1, site.d), uniform(-(site.d**-0.5), site.d**-0.5), site.like)
         self.adapter, self.method, self.trail = adapter, method, trail
 
     def inner(self) -> list[Delta]:

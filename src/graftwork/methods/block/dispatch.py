@@ -39,7 +39,7 @@ class Dispatch(Delta):
 
     def __init__(self, method: DyT, site: Site, adapter: Residual, rates: Rates) -> None:
         super().__init__()
-        near, like = uniform(-(site.d**-0.5), site.d**-0.5), next(site.module.parameters())
+        near, like = uniform(-(site.d**-0.5), site.d**-0.5), site.like
         self.weight = parameter((1, site.d), near, like)
         self.bias = parameter((1,), near, like)
         self.adapter, self.method = adapter, method

@@ -65,7 +65,7 @@ class Drawn(Delta):
 
     def __init__(self, method: BlackVIP, site: Site) -> None:
         super().__init__()
-        self.method, like = method, next(site.module.parameters())
+        self.method, like = method, site.like
         plan = layout(method.src_dim // method.grid**2, method.stages)
         self.trigger = parameter((method.src_dim - method.features,), uniform(0.0, 0.1), like)
         self.stages = nn.ModuleList(Stage(*sizes, like) for sizes in plan)

@@ -46,7 +46,7 @@ class PrunedVPT(Method):
         if site.d % self.segments:
             found = f"tokens of {site.d} numbers"
             raise GraftError(f"{self} at {site.key}", found, "choose a number of segments that divides it")
-        like = next(site.module.parameters())
+        like = site.like
         masks = part.shared("masks", lambda: Masks(self.num_tokens, self.segments, like))
         return PrunedPrompt(self, site, part, Tokens(self.num_tokens, site.d, bound(part, site.d), like), masks)
 

@@ -65,7 +65,7 @@ class VPT(Method):
 
     def tokens(self, site: Site, part: Part) -> Tokens:
         """P of a block."""
-        like, width = next(site.module.parameters()), self.project or site.d
+        like, width = site.like, self.project or site.d
 
         def make() -> Tokens:
             return Tokens(self.num_tokens, width, bound(part, width), like)
@@ -74,7 +74,7 @@ class VPT(Method):
 
     def projection(self, site: Site, part: Part) -> Projection | None:
         """proj."""
-        like, width = next(site.module.parameters()), self.project
+        like, width = site.like, self.project
         return None if width is None else part.shared("projection", lambda: Projection(width, site.d, like))
 
     def count(self, site: Site) -> int:

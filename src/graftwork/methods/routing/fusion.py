@@ -62,7 +62,7 @@ class FusionMixer(Mixer):
 
     def __init__(self, method: Fusion, site: Site) -> None:
         super().__init__()
-        d, like = site.d, next(site.module.parameters())
+        d, like = site.d, site.like
         self.query = parameter((d, d), normal(0.02), like)
         self.query_bias = parameter((d,), zeros, like)
         self.key_weight = parameter((d, d), normal(0.02), like)

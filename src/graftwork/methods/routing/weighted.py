@@ -48,7 +48,7 @@ class WeightedMixer(Mixer):
 
     def __init__(self, n: int, site: Site) -> None:
         super().__init__()
-        self.logits = parameter((n,), zeros, next(site.module.parameters()))
+        self.logits = parameter((n,), zeros, site.like)
 
     def weights(self, x: Tensor, y: Tensor, members: Members) -> Tensor:
         a = self.logits[..., list(members.who)]

@@ -47,7 +47,7 @@ class Knowledge(Step):
 
     def __init__(self, method: KAdapter, site: Site, trail: str, causal: bool) -> None:
         super().__init__(site, trail)
-        d, like, start = method.d, next(site.module.parameters()), normal(method.init_std)
+        d, like, start = method.d, site.like, normal(method.init_std)
         self.down, self.up = Line(site.d, d, like, start), Line(d, site.d, like, start)
         self.layers = nn.ModuleList(
             [Layer(d, method.heads, method.d_ff, method.dropout, like) for _ in range(method.depth)]
@@ -80,7 +80,7 @@ class Features(End):
 
     def __init__(self, method: KAdapter, site: Site, trail: str) -> None:
         super().__init__(trail)
-        d, like = site.d, next(site.module.parameters())
+        d, like = site.d, site.like
         eye = made(lambda: torch.eye(d, 2 * d)) if method.start == "identity" else None
         self.dense = Line(2 * d, d, like, eye)
 

@@ -47,7 +47,7 @@ class Correction(End):
 
     def __init__(self, method: READ, site: Site, trail: str, at_norm: bool) -> None:
         super().__init__(trail)
-        m, d, gates, like = method.d, site.d, CELLS[method.cell], next(site.module.parameters())
+        m, d, gates, like = method.d, site.d, CELLS[method.cell], site.like
         self.method, self.at_norm, spread = method, at_norm, uniform(-(m**-0.5), m**-0.5)
         self.gain = parameter((d,), ones, like) if method.norm else None
         self.down = parameter((m, d), spread, like) if method.joiner or not gates else None

@@ -31,7 +31,7 @@ class Rung(Step):
 
     def __init__(self, method: Ladder, site: Site, trail: str, memory: Memory) -> None:
         super().__init__(site, trail)
-        d, thin, like = site.d, site.d // method.r, next(site.module.parameters())
+        d, thin, like = site.d, site.d // method.r, site.like
         self.method, self._memory = method, (memory,)
         self.first = Line(d, thin, like) if site.layer == 0 else None
         self.side: nn.Module | None = None
@@ -67,7 +67,7 @@ class Top(End):
 
     def __init__(self, method: Ladder, site: Site, trail: str, memory: Memory) -> None:
         super().__init__(trail)
-        d, thin, like = site.d, site.d // method.r, next(site.module.parameters())
+        d, thin, like = site.d, site.d // method.r, site.like
         self.method, self._memory = method, (memory,)
         self.weight = parameter((thin,), ones, like)
         self.bias = parameter((thin,), zeros, like) if len(norm_parts(site.module)) > 1 else None

@@ -77,7 +77,7 @@ class Pooled(Delta):
 
     def __init__(self, method: S2ASide, site: Site, trail: str) -> None:
         super().__init__()
-        like = next(site.module.parameters())
+        like = site.like
         self.method, self.trail, self.looked = method, trail, not method.pool
         self.down, self.up = Line(site.d, method.r, like), Line(method.r, site.d, like, zeros)
 

@@ -56,7 +56,8 @@ class Full(Method):
     def owned(self, site: Site) -> dict[str, Tensor]:
         """The parameters that are trained, by name."""
         own = site.module._parameters
-        return {n: p for n, p in own.items() if p is not None and (not self.only or n in self.only)}
+        asked = {n: p for n, p in own.items() if p is not None and (not self.only or n in self.only)}
+        return {n: site.weight.decoded(p) if n == site.param else p for n, p in asked.items()}
 
 
 class Values(WeightDelta):

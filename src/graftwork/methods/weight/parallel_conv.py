@@ -76,7 +76,7 @@ class Parallel(WeightDelta):
 
     def __init__(self, method: ParallelConv, site: Site) -> None:
         super().__init__()
-        like, asked, r = next(site.module.parameters()), f"{method} at {site.key}", method.r
+        like, asked, r = site.like, f"{method} at {site.key}", method.r
         self.window = window_of(site.module, asked).odd(asked).resized(1, asked)
         self.taps = math.prod(site.weight.kernel)
         outputs, inputs = site.weight.stored[:2]

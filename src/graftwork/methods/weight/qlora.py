@@ -35,7 +35,8 @@ class QLoRA(Method):
     training only (the paper: 0.1 up to 13B, 0.05 above).
     Q is made of its codes in each training pass, forwards and backwards, and of W when the adapter is made or loaded: a file is
     that of a LoRA. The backbone's own W stays where it is, so that removing the adapter gives it back to the bit; what that
-    costs is 4.127 bits a weight beside it. Where memory is what matters, load the backbone quantised and put a LoRA on it.
+    costs is 4.127 bits a weight beside it. Where memory is what matters, load the backbone quantised and put a LoRA on it:
+    `AutoModel.from_pretrained(name, quantization_config=BitsAndBytesConfig(load_in_4bit=True, ...))`, then `gw.graft(model, "lora")`.
     `gw.quantisation_errors` says what quantising lost, and what it would lose again after a merge.
     Parameters: r (in + out) per weight.  Source: Dettmers et al. 2023, arXiv 2305.14314, section 3; artidoro/qlora.
     When: the backbone does not fit into memory at 16 bits.

@@ -66,7 +66,7 @@ class Series(WeightDelta):
 
     def __init__(self, method: SeriesConv, site: Site) -> None:
         super().__init__()
-        c, like = site.d, next(site.module.parameters())
+        c, like = site.d, site.like
         self.mix = parameter((c, c), zeros if method.init == "zero" else normal((2 / c) ** 0.5), like)
         self.norm = Normaliser(c, like, method.momentum)
         self.by_batch, self.plain = method.statistics == "batch", method.skip == "y"
