@@ -184,6 +184,10 @@ FITTING = {
     "corda": "r=4, ",
     "eigenlorax": "k=8, extra=4, ",
     "kadaptation": "t=4, ",
+    "bi_lora": "r=4, ",
+    "dora": "r=8, ",
+    "quantised": "of=lora(r=4), ",
+    "qlora": "r=8, ",
     "road": "group=8, ",
     "vblora": "vectors=32, length=8, ",
 }
@@ -192,8 +196,9 @@ FITTING = {
 def test_every_method_that_can_be_merged_is_lora_or_refused(tmp_path: Path) -> None:
     """Of a method that comes later, too."""
     no_matrix = {"bitfit", "ln_tuning"}
+    no_linear = {"batch_norm", "series_conv", "parallel_conv", "residual_adapters", "parallel_residual_adapters"}
     at = {"ln_tuning": "norm", "trainable_tokens": "embed", "surm": "q, o"}  # surm: square ones
-    for method in gw.methods(mergeable=True):
+    for method in set(gw.methods(mergeable=True)) - no_linear:
         m = grafted("biased", f"{method}({FITTING.get(method, '')}at='{at.get(method, 'q, down')}')")
         if method in no_matrix:
             with pytest.raises(gw.GraftError, match="as LoRA"):

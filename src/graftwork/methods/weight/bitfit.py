@@ -41,7 +41,7 @@ class BitFit(Method):
     at: str = where("any")
 
     mergeable = True
-    lr = 1e-2
+    lr = 3e-3
 
     def build(self, site: Site, part: Part) -> Shift | None:
         sizes = self.sizes(site)
