@@ -100,7 +100,11 @@ def test_a_finished_bench_runs_nothing_again(finished, monkeypatch: pytest.Monke
 def test_ctrl_c_gives_the_runs_back(bert: Path, data: Path, tmp_path: Path) -> None:
     s = settings(bert, data, tmp_path / "out", epochs=1000)
     process = subprocess.Popen(
-        [sys.executable, "-m", "graftwork.cli", *command_of(s)], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "graftwork.cli", *command_of(s)],
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell makes what it runs in the background ignore Ctrl-C, and so all that this starts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     store = SQLite(tmp_path / "out" / FILE, 60)
     wait_for(lambda: any(row.state == RUNNING for row in store.rows()))

@@ -529,7 +529,7 @@ NATIVE = {
     "olora": gw.LoRA(r=3, alpha=5.0, rslora=True, init="olora"),
     "urae": gw.URAE(r=3),
     "loraplus": gw.LoRAPlus(of=gw.LoRA(r=3)),
-    "dora": gw.DoRA(),
+    "dora": gw.DoRA(r=8, alpha=16.0),
     "vera": gw.VeRA(r=8),
     "loha": gw.LoHa(r=3, alpha=5.0),
     "lokr": gw.LoKr(r=2),

@@ -319,13 +319,13 @@ def test_rslora__size_of_the_update_does_not_depend_on_r():
     sizes = {}
     for flag in (True, False):
         for r in (4, 16, 64, 256):
-            model = around(nn.Linear(64, 48, bias=False))
+            model = around(nn.Linear(256, 256, bias=False))
             adapter = gw.graft(model, gw.LoRA(r=r, alpha=4.0, rslora=flag, at="linear"), head=False)
             (delta,) = adapter.deltas()
             g = torch.Generator().manual_seed(r)
-            x = torch.randn(512, 64, generator=g)
-            delta.down.data = torch.randn(r, 64, generator=g) / 8
-            delta.up.data = torch.randn(48, r, generator=g)
+            x = torch.randn(512, 256, generator=g)
+            delta.down.data = torch.randn(r, 256, generator=g) / 16
+            delta.up.data = torch.randn(256, r, generator=g)
             with torch.no_grad():
                 change = model(x) - F.linear(x, model.site.weight)
             sizes[flag, r] = change.square().mean().item()

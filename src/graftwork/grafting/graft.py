@@ -72,7 +72,9 @@ def _check_ranks(method: Method, sites: Sequence[Site]) -> None:
     asked = ranks(method)
     if not asked:
         return
-    matrices = [site.weight for site in sites if site.width is None and len(site.weight.shape) > 1]
+    # the rows of a convolution's matrix belong to groups: its rank is no bound there
+    views = [site.weight for site in sites if site.width is None]
+    matrices = [w for w in views if w.is_matrix and w.layout != "kernel"]
     largest = max((min(w.d_in, w.d_out) for w in matrices), default=None)
     for name, value in asked.items():
         if largest is not None and value > largest:
