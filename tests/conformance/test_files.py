@@ -13,7 +13,7 @@ import torch
 
 import graftwork as gw
 
-from .cases import Snapshot, calibrate, close, every, grafted, leave_init, on, train
+from .cases import Snapshot, calibrate, close, every, first, grafted, leave_init, on, train
 from .hosts import fresh, output
 from .settings import CASES, Case
 
@@ -54,7 +54,7 @@ def test_a_file_holds_what_was_trained_and_no_more(case: Case, tmp_path: Path):
     assert size <= 1.05 * case.setting.stored * trained + 4000 + 220 * max(0, names - 8)
 
 
-@every
+@first
 def test_training_goes_on_from_a_resumable_save(case: Case, tmp_path: Path):
     """Two steps, a save, a load into a fresh model and two more are the same as four."""
     inputs = case.host.inputs()

@@ -13,7 +13,7 @@ import torch
 import graftwork as gw
 from graftwork.core.method import REGISTRY
 
-from .cases import Snapshot, calibrate, every, grafted, leave_init, on, train
+from .cases import Snapshot, calibrate, every, first, grafted, leave_init, on, train
 from .hosts import fresh, output
 from .settings import CASES, REFUSED, SETTINGS, Case
 
@@ -78,7 +78,7 @@ def test_deepcopy_is_whole_and_apart(case: Case):
     assert torch.equal(output(twin, inputs), output(fresh(case.host), inputs))
 
 
-@every
+@first
 def test_torch_save_and_pickle_keep_the_grafted_model(case: Case):
     model, _adapter = grafted(case)
     inputs = case.host.inputs()

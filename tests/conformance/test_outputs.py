@@ -9,7 +9,7 @@ import torch
 
 import graftwork as gw
 
-from .cases import Snapshot, calibrate, close, dear, every, gradients, grafted, leave_init, loss, on, where
+from .cases import Snapshot, calibrate, close, dear, every, first, gradients, grafted, leave_init, loss, on, where
 from .hosts import BY_NAME, forward, fresh, output
 from .settings import CASES, Case
 
@@ -90,7 +90,7 @@ def test_each_site_acts_by_itself(case: Case):
     assert torch.equal(output(model, inputs), full)
 
 
-@every
+@first
 def test_two_adapters_live_side_by_side(case: Case):
     inputs = case.host.inputs()
     model, one = grafted(case, "one")

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import graftwork as gw
 
-from .cases import Snapshot, calibrate, close, every, gradients, grafted, is_base, loss, on, train
+from .cases import Snapshot, calibrate, close, every, first, gradients, grafted, is_base, loss, on, train
 from .hosts import fresh, output
 from .settings import CASES, Case
 
@@ -68,7 +68,7 @@ def test_training_lowers_the_loss(case: Case):
     assert loss(model, inputs).item() < before
 
 
-@every
+@first
 def test_checkpointing_gives_the_same_gradients(case: Case):
     inputs = case.host.inputs()
     model, adapter = grafted(case)
@@ -90,7 +90,7 @@ def test_checkpointing_gives_the_same_gradients(case: Case):
         close(again[name], grad, 1e-5)
 
 
-@every
+@first
 def test_bfloat16(case: Case):
     """A backbone in bfloat16 gets an adapter in bfloat16, which trains."""
     inputs = case.host.inputs()
@@ -103,7 +103,7 @@ def test_bfloat16(case: Case):
     assert all(torch.isfinite(p).all() for p in adapter.parameters())
 
 
-@every
+@first
 def test_autocast(case: Case):
     inputs = case.host.inputs()
     model, adapter = grafted(case)
