@@ -43,7 +43,6 @@ class SoKA(Method):
     at: str = where("q, v | linear | conv")
 
     mergeable = True
-    lr = 1e-2
 
     def build(self, site: Site, part: Part) -> KroneckerSVD:
         site.weight.require_matrix("soka")
