@@ -2,6 +2,7 @@
 
     python benchmarks/learning.py                       # all that are registered, three seeds; goes on where docs/learning.jsonl stops
     python benchmarks/learning.py lora "prefix @ 0.02"  # these; after an @ another value of the method's `lr`, to find a default
+    python benchmarks/learning.py --whole               # the five most used, on all 6,920 training sentences
     python benchmarks/learning.py --write               # the tables of docs/learning.md from what docs/learning.jsonl holds
 
 Each run is graftwork's own `train`, in a process of its own on one thread, in bfloat16; then the adapter's file is loaded again and tested.
@@ -38,6 +39,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE, LOG = DOCS / "learning.md", DOCS / "learning.jsonl"
 ROWS, SEEDS, POINTS = 2000, 3, 2.0  # POINTS: of accuracy above the linear probe
 PROBE = [("full(at='head')", lr) for lr in (0.01, 0.03, 0.1)]
+MOST_USED = ("lora", "dora", "ia3", "prefix_tuning", "bottleneck")
 NOT_ALONE = {"full", "invertible", "generated", "mixture", "sparse", "gated", "adapter_drop"}  # need another method
 
 
@@ -45,8 +47,10 @@ def sst2() -> Path:
     return Path(os.environ.get("GRAFTWORK_DATA", "../shared/data")) / "sst2"
 
 
-def training_rows(work: Path) -> str:
-    """The fixed training rows, drawn once for all runs."""
+def training_rows(work: Path, whole: bool) -> str:
+    """All training rows, or the fixed draw that is the same for all runs."""
+    if whole:
+        return str(sst2() / "train.tsv")
     with (sst2() / "train.tsv").open(encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
     random.Random(0).shuffle(rows)
@@ -61,7 +65,7 @@ def job(text: str) -> tuple[str, float]:
     return name, float(lr) if lr else gw.parse_methods(name)[0].lr
 
 
-def run(name: str, lr: float, seed: int) -> dict[str, Any]:
+def run(name: str, lr: float, seed: int, whole: bool) -> dict[str, Any]:
     """One training, what it reached and what it cost."""
     from graftwork.train import DataSettings, FitSettings, TrainSettings, train
     from graftwork.train.run import chosen_split
@@ -69,13 +73,13 @@ def run(name: str, lr: float, seed: int) -> dict[str, Any]:
 
     for method in gw.parse_methods(name):
         type(method).lr = lr
-    start, made = time.process_time(), {"name": name, "lr": lr, "seed": seed}
+    start, made = time.process_time(), {"name": name, "lr": lr, "seed": seed} | ({"whole": True} if whole else {})
     with tempfile.TemporaryDirectory() as work:
         settings = TrainSettings(
             backbone=backbone(),
             out=f"{work}/adapter",
             method=name,
-            data=DataSettings(data=training_rows(Path(work)), eval_data=str(sst2() / "dev.tsv")),
+            data=DataSettings(data=training_rows(Path(work), whole), eval_data=str(sst2() / "dev.tsv")),
             fit=FitSettings(
                 epochs=1,
                 seed=seed,
@@ -98,9 +102,14 @@ def run(name: str, lr: float, seed: int) -> dict[str, Any]:
 
 
 def results() -> list[dict[str, Any]]:
-    """What has been run, the newest of each method, learning rate and seed."""
+    """What has been run, the newest of each method, learning rate, seed and set of training rows."""
     lines = LOG.read_text().splitlines() if LOG.exists() else []
-    return list({(r["name"], r["lr"], r["seed"]): r for r in map(json.loads, lines)}.values())
+    return list({ran(r): r for r in map(json.loads, lines)}.values())
+
+
+def ran(run: dict[str, Any]) -> tuple[str, float, int, bool]:
+    """What one run is of."""
+    return run["name"], run["lr"], run["seed"], run.get("whole", False)
 
 
 def table(done: Sequence[dict[str, Any]]) -> list[str]:
@@ -128,11 +137,14 @@ def table(done: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def write(done: Sequence[dict[str, Any]]) -> None:
-    """Put the table between the page's marks."""
+    """Put the tables between the page's marks."""
     text = PAGE.read_text()
-    head, _, rest = text.partition("<!-- table -->\n")
-    tail = rest.partition("<!-- /table -->")[2]
-    PAGE.write_text(f"{head}<!-- table -->\n" + "\n".join(table(done)) + f"\n<!-- /table -->{tail}")
+    for mark, whole in (("table", False), ("whole", True)):
+        head, _, rest = text.partition(f"<!-- {mark} -->\n")
+        tail = rest.partition(f"<!-- /{mark} -->")[2]
+        rows = table([r for r in done if ran(r)[3] == whole])
+        text = f"{head}<!-- {mark} -->\n" + "\n".join(rows) + f"\n<!-- /{mark} -->{tail}"
+    PAGE.write_text(text)
 
 
 def main() -> None:
@@ -140,15 +152,19 @@ def main() -> None:
     parser.add_argument("methods", nargs="*", help="methods as text; by default all that are registered, and the probe")
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"how many seeds (default: {SEEDS})")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each (default: 1)")
+    parser.add_argument(
+        "--whole", action="store_true", help="on the whole training set; by default the five most used methods"
+    )
     parser.add_argument("--again", action="store_true", help="also what has been run already")
     parser.add_argument("--write", action="store_true", help="write the tables and stop")
     asked = parser.parse_args()
     if not asked.write:
         os.environ["OMP_NUM_THREADS"] = "1"
-        known = [n for n in gw.methods() if n not in NOT_ALONE and not getattr(gw.system(n), "mixes", False)]
-        have = set() if asked.again else {(r["name"], r["lr"], r["seed"]) for r in results()}
-        wanted = [job(text) for text in asked.methods] or [*PROBE, *map(job, known)]
-        jobs = [(*w, s) for s in range(asked.seeds) for w in wanted if (*w, s) not in have]
+        alone = [n for n in gw.methods() if n not in NOT_ALONE and not getattr(gw.system(n), "mixes", False)]
+        have = set() if asked.again else set(map(ran, results()))
+        wanted = [job(text) for text in asked.methods] or [*PROBE, *map(job, MOST_USED if asked.whole else alone)]
+        jobs = [(*w, seed, asked.whole) for seed in range(asked.seeds) for w in wanted]
+        jobs = [each for each in jobs if each not in have]
         several = multiprocessing.get_context("forkserver")
         several.set_forkserver_preload(["graftwork.train.run", "graftwork.train.trained"])
         with ProcessPoolExecutor(asked.workers, mp_context=several, max_tasks_per_child=1) as pool:
