@@ -142,7 +142,8 @@ def write(done: Sequence[dict[str, Any]]) -> None:
     for mark, whole in (("table", False), ("whole", True)):
         head, _, rest = text.partition(f"<!-- {mark} -->\n")
         tail = rest.partition(f"<!-- /{mark} -->")[2]
-        rows = table([r for r in done if ran(r)[3] == whole])
+        of = [r for r in done if ran(r)[3] == whole]
+        rows = table(of) if of else ["Not run yet."]
         text = f"{head}<!-- {mark} -->\n" + "\n".join(rows) + f"\n<!-- /{mark} -->{tail}"
     PAGE.write_text(text)
 

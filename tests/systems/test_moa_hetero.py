@@ -278,6 +278,7 @@ def test_moa_hetero__refusals():
     for of, reason in (
         ([gw.LoRA(r=2, at="q"), gw.LoRA(r=3, at="q")], "both sit there"),
         ([gw.Bottleneck(d=2, position="before", at="mlp")], "more than edit an output"),
+        ([gw.Laplacian(at="self.attn")], "more than edit an output"),  # it looks at the attention and edits the output
         ([gw.LoRA(r=2, at="embed")], "in no block"),
         ([gw.LoRA(r=2, at="nope")], "nope"),
     ):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from graftwork.core.adapter import quoted
 from graftwork.core.delta import Delta, WeightDelta
 from graftwork.core.errors import GraftError
 from graftwork.core.initial import tensor, truncated_normal
@@ -24,9 +25,8 @@ class Coded(Substituted):
 
     def setup(self, delta: Delta, bits: int, std: float) -> None:
         self.delta, self.bits, self.final = delta, bits, nn.Module()
-        self.source, self.reading, self.itself = delta.source, delta.reading, delta.itself
-        weighs = isinstance(delta, WeightDelta)
-        self.additive, self.lasting = weighs and delta.additive, weighs and delta.lasting  # type: ignore[union-attr]
+        self.like(delta)
+        self.lasting = isinstance(delta, WeightDelta) and delta.lasting
         levels(bits)  # known before the first pass
         if not self.matrices():
             raise GraftError(
@@ -37,22 +37,6 @@ class Coded(Substituted):
                 raise GraftError(f"quantise the matrix {name!r}", "one number", "leave this site out")
             if not p.is_meta and p.dim() and bool((p == p.flatten()[0]).all()):
                 p.data = tensor(tuple(p.shape), truncated_normal(std), p)
-
-    @property
-    def inside(self) -> Delta:
-        return self.delta
-
-    def work(self) -> int:
-        return self.delta.work() if isinstance(self.delta, WeightDelta) else 0
-
-    def sources(self) -> Iterator[nn.Module]:
-        yield self  # type: ignore[misc]  # a mixin of modules
-        if isinstance(self.delta, WeightDelta):
-            yield from self.delta.sources()
-
-    def matrices(self) -> dict[str, nn.Parameter]:
-        """The parameters of the delta inside that are rounded."""
-        return {name: p for name, p in self.delta.named_parameters() if p.dim() > 1}
 
     def tensors(self) -> dict[str, Tensor]:
         if not self.final._buffers:
@@ -78,7 +62,7 @@ class Coded(Substituted):
                 out[f"delta.{name}"] = value
             elif self.final._buffers:
                 out |= {
-                    f"{kind}.{name}": self.final.get_buffer(_quoted(f"{kind}.{name}")) for kind in ("codes", "stats")
+                    f"{kind}.{name}": self.final.get_buffer(quoted(f"{kind}.{name}")) for kind in ("codes", "stats")
                 }
             else:
                 codes, mu, s, _ = coded(value, self.bits)
@@ -101,14 +85,10 @@ class Coded(Substituted):
             mu, s = stats
             dense[name] = decoded(found_codes, mu, s, self.bits)
             for kind, value in (("codes", codes), ("stats", stats)):
-                self.final.register_buffer(_quoted(f"{kind}.{name}"), value.clone())
+                self.final.register_buffer(quoted(f"{kind}.{name}"), value.clone())
         if any(w.is_meta for w in self.matrices().values()):
             self.delta.to_empty(device="cpu")
         self.delta.restore(dense)
-
-
-def _quoted(name: str) -> str:
-    return name.replace(".", "%2E")
 
 
 class CodedDelta(Coded, Delta):  # type: ignore[misc]

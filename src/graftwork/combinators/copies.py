@@ -30,8 +30,7 @@ class Copies(Substituted):
 
     def setup(self, delta: Delta, copies: int, share: str) -> None:
         self.delta, self.copies, self.drawn = delta, copies, None
-        self.source, self.reading, self.itself = delta.source, delta.reading, delta.itself
-        self.additive = isinstance(delta, WeightDelta) and delta.additive
+        self.like(delta)
         self.lasting = isinstance(delta, WeightDelta) and delta.lasting
         own = dict(delta.named_parameters())
         self.copied = [name for name in own if copies > 1 and side_of(name) != share]
@@ -39,10 +38,6 @@ class Copies(Substituted):
             nn.ParameterList(nn.Parameter(own[name].detach().clone()) for _ in range(copies - 1))
             for name in self.copied
         )
-
-    @property
-    def inside(self) -> Delta:
-        return self.delta
 
     def draw(self) -> None:
         """Choose a copy for each side."""
@@ -69,14 +64,6 @@ class Copies(Substituted):
         slots = [(self.delta.get_submodule(path)._parameters, leaf) for path, _, leaf in homes]
         with swapped(slots, list(means.values())):
             yield
-
-    def work(self) -> int:
-        return self.delta.work() if isinstance(self.delta, WeightDelta) else 0
-
-    def sources(self) -> Iterator[nn.Module]:
-        yield self  # type: ignore[misc]  # a mixin of modules
-        if isinstance(self.delta, WeightDelta):
-            yield from self.delta.sources()
 
 
 def side_of(name: str) -> str:

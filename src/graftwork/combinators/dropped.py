@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from graftwork.core.delta import Delta, WeightDelta
 from graftwork.core.passes import Runtime
@@ -37,11 +37,8 @@ class Dropped(Substituted):
 
     def setup(self, delta: Delta, site: Site) -> None:
         self.delta, self.layer, self.depth = delta, site.layer, site.depth
-        self.source, self.reading, self.itself = delta.source, delta.reading, delta.itself
-
-    @property
-    def inside(self) -> Delta:
-        return self.delta
+        self.like(delta)
+        self.lasting = isinstance(delta, WeightDelta) and delta.lasting
 
     def join(self, runtime: Runtime) -> None:
         super().join(runtime)  # type: ignore[misc]
@@ -75,12 +72,3 @@ class DroppedWeight(Dropped, WeightDelta):  # type: ignore[misc]
     def __init__(self, delta: WeightDelta, site: Site) -> None:
         WeightDelta.__init__(self)
         self.setup(delta, site)
-        self.additive, self.lasting = delta.additive, delta.lasting
-
-    def work(self) -> int:
-        assert isinstance(self.delta, WeightDelta)
-        return self.delta.work()
-
-    def sources(self) -> Iterator[nn.Module]:
-        assert isinstance(self.delta, WeightDelta)
-        yield from self.delta.sources()

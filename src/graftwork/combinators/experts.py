@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from graftwork.core.attention import Attention
 from graftwork.core.delta import Delta, WeightDelta
 from graftwork.core.errors import GraftError
+from graftwork.core.masks import Tokens
 from graftwork.core.plan import Host
 from graftwork.core.site import Site
 
 from .block_router import Share
+from .change import change
 
 
 class RoutedWeight(WeightDelta):
@@ -39,14 +40,7 @@ class RoutedWeight(WeightDelta):
         raise GraftError(f"the adapted {name!r} at {self.key}", "a routed expert has another one for each token", do)
 
     def linear(self, x: Tensor, base: Callable[[Tensor], Tensor], host: Host) -> Tensor:
-        def change(x: Tensor, y: Tensor) -> Tensor:
-            factors = self.delta.factors() if self.delta.overrides("factors") else None
-            if factors is None:
-                return self.delta.linear(x, lambda given: y.clone() if given is x else base(given), host) - y
-            seen = F.dropout(x, self.delta.dropout, self.training) if self.delta.dropout else x
-            return F.linear(F.linear(seen, factors[0]), factors[1])
-
-        return self.share.added(self.runtime, x, base(x), change)
+        return self.share.added(self.runtime, x, base(x), lambda x, y: change(self.delta, x, y, base, host))
 
     def auxiliary_loss(self) -> Tensor | None:
         return self.delta.auxiliary_loss()
@@ -87,11 +81,13 @@ class RoutedAttention(Delta):
         own = attention(q, k, v, mask)
 
         def known(
-            q_: Tensor, k_: Tensor, v_: Tensor, mask_: Tensor | None, extra: int, rows: Tensor | None = None
+            q_: Tensor, k_: Tensor, v_: Tensor, mask_: Tensor | None, extra: int, part: Tensor | Tokens | None = None
         ) -> Tensor:
-            return own if (q_ is q and k_ is k and v_ is v and mask_ is mask) else attention(q_, k_, v_, mask_)
+            if part is None and q_ is q and k_ is k and v_ is v and mask_ is mask:
+                return own
+            return (attention if part is None else attention.on(part))(q_, k_, v_, mask_)
 
-        seen = Attention(attention.module, known, attention.scaling, attention.groups, attention.keys)
+        seen = attention.through(known)
         w = self.share.of(self.runtime)[:, None].to(own.dtype)  # [batch, 1, queries, 1]
         return own + w * (self.delta.attend(q, k, v, mask, seen) - own)
 

@@ -16,6 +16,8 @@ from graftwork.core.passes import Runtime, token_mean
 from graftwork.core.plan import Host
 from graftwork.core.site import Site
 
+from .change import change
+
 if TYPE_CHECKING:
     from .gated import Gated
 
@@ -72,12 +74,7 @@ class GatedWeight(WeightDelta):
 
     def linear(self, x: Tensor, base: Callable[[Tensor], Tensor], host: Host) -> Tensor:
         y, g = base(x), self.gate(x, self.runtime)
-        factors = self.delta.factors() if self.delta.overrides("factors") else None
-        if factors is not None:
-            down, up = factors
-            seen = F.dropout(x, self.delta.dropout, self.training) if self.delta.dropout else x
-            return y + g * F.linear(F.linear(seen, down), up)
-        return y + g * (self.delta.linear(x, lambda given: y.clone() if given is x else base(given), host) - y)
+        return y + g * change(self.delta, x, y, base, host)
 
     def auxiliary_loss(self) -> Tensor | None:
         return self.delta.auxiliary_loss()

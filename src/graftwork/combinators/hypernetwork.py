@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graftwork.core.adapter import quoted
 from graftwork.core.delta import Delta, WeightDelta
 from graftwork.core.initial import normal, ones, parameter, zeros
 from graftwork.core.tasks import number_of
@@ -60,7 +61,7 @@ class Controller(nn.Module):
         shapes = {name: tuple(p.shape) for name, p in template.named_parameters()}
         key = " ".join([kind, *("x".join(map(str, shape)) for shape in shapes.values())]).strip()
         if key not in self.generators:
-            made = {_quoted(n): Affine(self.proj, math.prod(s), self.std, like) for n, s in shapes.items()}
+            made = {quoted(n): Affine(self.proj, math.prod(s), self.std, like) for n, s in shapes.items()}
             self.generators[key] = nn.ModuleDict(made)
         return key
 
@@ -70,10 +71,6 @@ class Controller(nn.Module):
         i = self.second(F.relu(self.first(torch.cat(given))))
         i = F.layer_norm(i, i.shape, self.norm_weight, self.norm_bias, eps=1e-6)
         return {name: generator(i) for name, generator in self.generators[kind].items()}  # type: ignore[operator]
-
-
-def _quoted(name: str) -> str:
-    return name.replace(".", "%2E")
 
 
 class Written(Substituted):
@@ -93,8 +90,7 @@ class Written(Substituted):
         # in a tuple: the template is no child, and the shared modules are registered once, at the model's root
         self._parts = (template.to("meta").requires_grad_(False), tasks, tower)
         self._names, self._kind, self._place = names, kind, place
-        self.source, self.reading = template.source, template.reading
-        self.additive = isinstance(template, WeightDelta) and template.additive
+        self.like(template)
 
     @property
     def inside(self) -> Delta:
@@ -115,7 +111,7 @@ class Written(Substituted):
         """The delta's tensors for a task."""
         template, tasks, tower = self._parts
         flat = tower(tasks.z[self.task(task)], self._kind, *self._place)
-        return {name: flat[_quoted(name)].view(p.shape) for name, p in template.named_parameters()}
+        return {name: flat[quoted(name)].view(p.shape) for name, p in template.named_parameters()}
 
 
 class GeneratedDelta(Written, Delta):  # type: ignore[misc]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from graftwork.core.adapter import quoted
 from graftwork.core.delta import Delta, WeightDelta
 from graftwork.core.errors import GraftError
 
@@ -25,39 +26,22 @@ class Masked(Substituted):
     def setup(self, delta: Delta, decided: bool) -> None:
         """decided: no calibration will follow."""
         self.delta, self.masks = delta, nn.Module()
-        self.source, self.reading = delta.source, delta.reading
-        self.additive = isinstance(delta, WeightDelta) and delta.additive
+        self.like(delta)
         self.lasting = isinstance(delta, WeightDelta) and delta.lasting
         self.decided, self.scoring, self.absolute, self.rounds = decided, False, False, 0
         self.scores: dict[str, Tensor] = {}
         self.gone: dict[str, int] = {}
         for name, p in delta.named_parameters():
             if p.dim() > 1:
-                self.masks.register_buffer(_quoted(name), torch.ones(p.shape, dtype=torch.bool, device=p.device))
+                self.masks.register_buffer(quoted(name), torch.ones(p.shape, dtype=torch.bool, device=p.device))
         if not self.matrices():
             raise GraftError(
                 f"prune {type(delta).__name__}", "it has no matrices", "prune a method that trains matrices"
             )
 
-    @property
-    def inside(self) -> Delta:
-        return self.delta
-
-    def work(self) -> int:
-        return self.delta.work() if isinstance(self.delta, WeightDelta) else 0
-
-    def sources(self) -> Iterator[nn.Module]:
-        yield self  # type: ignore[misc]  # a mixin of modules
-        if isinstance(self.delta, WeightDelta):
-            yield from self.delta.sources()
-
-    def matrices(self) -> dict[str, nn.Parameter]:
-        """The masked parameters of the delta inside."""
-        return {name: p for name, p in self.delta.named_parameters() if p.dim() > 1}
-
     def mask(self, name: str) -> Tensor:
         """M of a matrix."""
-        return self.masks.get_buffer(_quoted(name))
+        return self.masks.get_buffer(quoted(name))
 
     def take(self, name: str, mask: Tensor) -> None:
         """Set the mask of a matrix, given on the CPU."""
@@ -106,7 +90,7 @@ class Masked(Substituted):
         """Take the stored form, or the unfolded one."""
         dense = {k.removeprefix("delta."): v for k, v in tensors.items() if k.startswith("delta.")}
         for name, w in self.matrices().items():
-            key = _quoted(name)
+            key = quoted(name)
             mask = tensors.get(f"masks.{key}")
             if f"bits.{name}" in tensors:
                 mask = unpacked(tensors[f"bits.{name}"], w.shape)
@@ -125,10 +109,6 @@ class Masked(Substituted):
         if any(w.is_meta for w in self.matrices().values()):
             self.delta.to_empty(device="cpu")
         self.delta.restore(dense)
-
-
-def _quoted(name: str) -> str:
-    return name.replace(".", "%2E")
 
 
 class MaskedDelta(Masked, Delta):  # type: ignore[misc]

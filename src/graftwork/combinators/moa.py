@@ -88,8 +88,9 @@ class MoA(Method):
             raise GraftError(
                 f"{self} at {site.key}", "a site in no block that has a router", "add 'block' to at, or leave at out"
             )
-        if any(map(delta.overrides, ("around", "enter", "amend"))):
-            found = f"{self.of[e].name} does more than edit an output"
+        both = delta.overrides("attend") and delta.overrides("forward")  # two edits under one weight
+        if both or any(map(delta.overrides, ("around", "enter", "amend"))):
+            found = f"{self.of[e].name} does more than edit an output or an attention"
             raise GraftError(f"{self} at {site.key}", found, "choose another expert, or another position")
         share = Share(keys, block.key, e, self.sparse)
         if delta.overrides("attend"):

@@ -18,7 +18,7 @@ class Named(Substituted):
 
     def setup(self, deltas: Sequence[Delta], named: Sequence[str], by: str) -> None:
         self.of, self.named, self.by = nn.ModuleList(deltas), tuple(named), by
-        self.source, self.reading, self.itself = deltas[0].source, deltas[0].reading, deltas[0].itself
+        self.like(deltas[0])
 
     def inner(self) -> list[Delta]:
         return list(self.of)  # type: ignore[arg-type]
@@ -65,4 +65,3 @@ class KeyedWeight(Named, WeightDelta):  # type: ignore[misc]
     def __init__(self, deltas: Sequence[Delta], named: Sequence[str], by: str) -> None:
         WeightDelta.__init__(self)
         self.setup(deltas, named, by)
-        self.additive = isinstance(deltas[0], WeightDelta) and deltas[0].additive

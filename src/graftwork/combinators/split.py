@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,7 @@ class Split(Substituted):
 
     def setup(self, delta: Delta, layers: Mapping[str, str], copies: int, joint: bool) -> None:
         self.delta, self.layers, self.copies, self.joint = delta, dict(layers), copies, joint
-        self.source, self.reading, self.itself = delta.source, delta.reading, delta.itself
-        self.additive = isinstance(delta, WeightDelta) and delta.additive
+        self.like(delta)
         self.lasting = isinstance(delta, WeightDelta) and delta.lasting
         split = [name for pair in layers.items() for name in pair if name]
         self.roles = {name: delta.role(name) for name in split}
@@ -50,10 +49,6 @@ class Split(Substituted):
         for name in split:
             delta._parameters[name] = None
         self._kept: Keeper[dict[str, Tensor]] = Keeper([self.start, self.owner, *self.values.values()])
-
-    @property
-    def inside(self) -> Delta:
-        return self.delta
 
     def copy(self, name: str, i: int) -> dict[str, Tensor]:
         """W_i of a matrix, and its bias."""
@@ -94,14 +89,6 @@ class Split(Substituted):
     def role(self, tensor: str) -> str:
         home, _, name = tensor.partition(".")
         return self.roles[name.partition(".")[0]] if home == "values" else self.delta.role(name)
-
-    def work(self) -> int:
-        return self.delta.work() if isinstance(self.delta, WeightDelta) else 0
-
-    def sources(self) -> Iterator[nn.Module]:
-        yield self  # type: ignore[misc]  # a mixin of modules
-        if isinstance(self.delta, WeightDelta):
-            yield from self.delta.sources()
 
     def _values(self, name: str, i: int) -> Tensor:
         return self.values[name][i]  # type: ignore[index,no-any-return]

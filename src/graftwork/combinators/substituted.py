@@ -3,10 +3,10 @@ ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from graftwork.core.attention import Attention
 from graftwork.core.delta import Delta, WeightDelta
@@ -15,12 +15,32 @@ from graftwork.core.swap import functional
 
 
 class Substituted:
-    """Mixin: every function of the delta inside, computed with `tensors()`."""
+    """Mixin: every function of the delta inside, computed with `tensors()`. delta: the one inside, where it is always the same."""
+
+    delta: Delta
+
+    def like(self, delta: Delta) -> None:
+        """Be to others what `delta` is; whether its weight lasts is for the combinator to say."""
+        self.source, self.reading, self.itself = delta.source, delta.reading, delta.itself
+        self.additive = isinstance(delta, WeightDelta) and delta.additive
 
     @property
     def inside(self) -> Delta:
         """The delta that does the work."""
-        raise NotImplementedError
+        return self.delta
+
+    def matrices(self) -> dict[str, nn.Parameter]:
+        """The parameters of the delta inside that have more than one axis."""
+        return {name: p for name, p in self.inside.named_parameters() if p.dim() > 1}
+
+    def work(self) -> int:
+        return max((d.work() for d in self.inner() if isinstance(d, WeightDelta)), default=0)
+
+    def sources(self) -> Iterator[nn.Module]:
+        yield self  # type: ignore[misc]  # a mixin of modules
+        for delta in self.inner():
+            if isinstance(delta, WeightDelta):
+                yield from delta.sources()
 
     def tensors(self) -> dict[str, Tensor]:
         """What stands in the place of the inside's parameters in this pass."""

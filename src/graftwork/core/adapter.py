@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound=nn.Module)
 
 
+def quoted(name: str) -> str:
+    """The name as a module may call its own: without dots."""
+    return name.replace(".", "%2E")
+
+
 class Part:
     """The share of one method in an adapter: its sites, one delta per site, and the modules its deltas share.
 
@@ -34,7 +39,7 @@ class Part:
 
     def shared(self, name: str, make: Callable[[], T]) -> T:
         """The shared module of that name, made at its first use. It is trained and stored once for all sites."""
-        key = name.replace(".", "%2E")
+        key = quoted(name)
         if key not in self.shared_modules:
             self.shared_modules[key] = make()
         return self.shared_modules[key]  # type: ignore[return-value]

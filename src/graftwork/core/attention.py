@@ -70,7 +70,11 @@ class Attention:
     def on(self, part: Tensor | Tokens | None) -> Attention:
         """The same attention for some rows of the batch (q, k, v and mask are given for them alone), or for some tokens (q, and k and
         v where it says so, are given for them alone; the mask is that of all)."""
-        made = Attention(self.module, self._call, self.scaling, self.groups, self.keys, part)
+        return self.through(self._call, part)
+
+    def through(self, call: Callable[..., Tensor], part: Tensor | Tokens | None = None) -> Attention:
+        """An attention that calls `call` for this one."""
+        made = Attention(self.module, call, self.scaling, self.groups, self.keys, part)
         made.root = self.root
         return made
 
@@ -105,9 +109,7 @@ def _seen(delta: Any, inner: Attention) -> Attention:
     ) -> Tensor:
         return delta.attend(q, k, v, mask, inner if part is None else inner.on(part))
 
-    seen = Attention(inner.module, call, inner.scaling, inner.groups, inner.keys)
-    seen.root = inner.root
-    return seen
+    return inner.through(call)
 
 
 # --- transformers ---------------------------------------------------------------------------------------------------

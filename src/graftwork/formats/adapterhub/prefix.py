@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...core.adapter import quoted
 from ...core.errors import GraftError
 from ...core.method import Method
 from ...core.site import Site
@@ -55,7 +56,7 @@ class Prefixes:
                     made.append((method, [one(f"{key}keys", site, "keys"), one(f"{key}values", site, "values")]))
                     continue
                 slots = [one(f"{key}{there}", site, here) for here, there in OWN.items()]
-                home = kind_of(site).replace(".", "%2E")
+                home = quoted(kind_of(site))
                 slots += [
                     one(f"{_pool(names, group)}{there}", None, f"{home}.{here}") for here, there in SHARED.items()
                 ]
