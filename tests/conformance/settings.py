@@ -471,11 +471,8 @@ SETTINGS: dict[str, list[Setting]] = {
         Setting({"of": REGISTRY["lora"](r=2)}, "lora", hosts="conv2d bert"),
     ],
     "split_merge": [
-        # a copy that was not drawn gets no gradient
-        Setting(
-            {"of": REGISTRY["bottleneck"](d=5), "copies": 2}, hosts=f"linear_square conv2d {MODELS}", thin=("values",)
-        ),
-        Setting({"of": REGISTRY["lora"](r=2), "share": "none"}, "lora", hosts="bert", thin=("values",)),
+        Setting({"of": REGISTRY["bottleneck"](d=5), "copies": 2}, hosts=f"linear_square conv2d {MODELS}"),
+        Setting({"of": REGISTRY["lora"](r=2), "share": "none"}, "lora", hosts="bert"),
     ],
     "coda": [
         Setting(
@@ -496,13 +493,11 @@ SETTINGS: dict[str, list[Setting]] = {
         Setting({"m": 12, "eps": 1.0, "reduction": 1.5}, "encoder", False, hosts="t5"),
     ],
     "das": [
-        # one of two blocks is left out: what stands in for the other has no part in a pass, nor have the adapters in this one
         Setting(
-            {"k": 1, "skip_width": 4, "adapter_width": 5, "turns": 2},
+            {"k": 1, "skip_width": 4, "adapter_width": 9, "turns": 2},  # at 5 each relu is shut for ViT's class token
             identity=False,
             hosts="encoder bert llama gpt2 vit",
             stored=3,
-            thin=("",),
         ),
         Setting({"skip_width": 4, "adapter_width": 5, "blocks": ("1",)}, "known", False, hosts="packed_qkv llama vit"),
         Setting({"skip_width": 4, "adapter_width": 5, "blocks": ("decoder.1",)}, "tower", False, hosts="t5"),
@@ -514,9 +509,9 @@ SETTINGS: dict[str, list[Setting]] = {
     ],
     "adapter_drop": [
         # of two layers the first has none in half of the passes
-        Setting({"of": REGISTRY["bottleneck"](d=5)}, hosts=MODELS, thin=("0",)),
-        Setting({"of": REGISTRY["lora"](r=2)}, "lora", hosts=MODELS, thin=("0",)),
-        Setting({"of": REGISTRY["prefix"](length=2, reparam="mlp", mid=8)}, "prefix", False, hosts="bert", thin=("0",)),
+        Setting({"of": REGISTRY["bottleneck"](d=5)}, hosts=MODELS),
+        Setting({"of": REGISTRY["lora"](r=2)}, "lora", hosts=MODELS),
+        Setting({"of": REGISTRY["prefix"](length=2, reparam="mlp", mid=8)}, "prefix", False, hosts="bert"),
     ],
     "moa_hetero": [
         Setting(identity=True, hosts="llama linear_square", refuses="linear_square"),
@@ -539,17 +534,15 @@ SETTINGS: dict[str, list[Setting]] = {
         Setting({"of": REGISTRY["bottleneck"](d=5, init="bert"), "mode": "joint"}, "joint", hosts="linear_wide bert"),
     ],
     "adamix": [
-        # what no draw has chosen gets no gradient; the objective has two passes, which the suite's own loop does not make
+        # the objective has two passes, which the suite's own loop does not make
         Setting(
             {"of": REGISTRY["bottleneck"](d=5), "copies": 3, "consistency": 0.0},
             refuses=NOT_ACTIVATIONS,
-            thin=("down", "others"),
         ),
         Setting(
             {"of": REGISTRY["lora"](r=2), "copies": 2, "share": "none", "consistency": 0.0},
             "lora",
             hosts="linear_wide conv2d bert",
-            thin=("down", "up", "others"),
         ),
     ],
     "quantised": [

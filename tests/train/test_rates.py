@@ -25,8 +25,11 @@ def llama(width: int) -> nn.Module:
 
 @pytest.mark.parametrize(("width", "lr"), [(64, 2e-3), (384, 2e-3), (768, 1e-3), (4096, 2e-3 * 384 / 4096)])
 def test_wide_backbones_are_trained_at_smaller_rates(width: int, lr: float) -> None:
-    assert default_lr(llama(width), 0.01) == pytest.approx(lr)
-    assert default_lr(llama(width), 0.5) == pytest.approx(lr / 40)
+    assert default_lr(llama(width)) == pytest.approx(lr)
+
+
+def test_what_is_trained_whole_has_the_rate_of_full_tuning_and_its_head_that_of_heads() -> None:
+    assert gw.Full(at="linear").lr == pytest.approx(5e-5) and gw.Full(at="head").lr == pytest.approx(1e-2)
 
 
 def test_each_method_has_its_own_rate_where_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,11 +90,11 @@ def arguments(fit: FitSettings, task: Task, folder: str, lr: float, evaluates: b
         raise GraftError("the arguments of the Trainer", str(error).split("\n")[0], "change them") from error
 
 
-def default_lr(model: nn.Module, share: float) -> float:
+def default_lr(model: nn.Module) -> float:
     """The learning rate where nobody gives one: `Method.lr` for a backbone up to 384 wide, less in proportion for wider ones (2e-4
-    at 4,096, as QLoRA has it), a fortieth where more than a tenth of the backbone (`share`) is trained."""
+    at 4,096, as QLoRA has it)."""
     width = max((site.d for site in anatomy(model).of("block")), default=0)
-    return Method.lr * min(1.0, 384 / max(width, 1)) * (0.025 if share > 0.1 else 1.0)
+    return Method.lr * min(1.0, 384 / max(width, 1))
 
 
 def shard_by_block(given: TrainingArguments, model: nn.Module) -> None:

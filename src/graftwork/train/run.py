@@ -111,7 +111,7 @@ def train(settings: TrainSettings, callbacks: Sequence[TrainerCallback] = (), sa
     share = f"{count:,} parameters, {100 * count / size:.3f}% of the backbone's {size:,}"
     say(f"{' + '.join(map(str, adapter.methods))}: {share}")
 
-    lr = settings.fit.lr or settings.fit.lr_factor * default_lr(loaded.model, count / size)
+    lr = settings.fit.lr or settings.fit.lr_factor * default_lr(loaded.model)
     best, interrupt = Best(adapter), Interrupt()
     told: list[TrainerCallback] = [interrupt] if process.num_processes == 1 else []
     if settings.fit.best or settings.fit.early_stopping:

@@ -25,6 +25,7 @@ class Full(Method):
         bias zero); None keeps the backbone's.
     only: names of the module's parameters ("bias"); empty takes all of them.
     lr: a head ("at='head'") starts at random, and is what some methods move most: five times the rate of others where none is given.
+        What is pretrained and trained whole has a fortieth of it, 5e-5.
     Parameters: all of the module's.  The backbone's own values stay untouched, so several heads live on one backbone.
     When: the reference that every method is compared with, heads, norms, or single layers that are trained whole.
     """
@@ -38,8 +39,8 @@ class Full(Method):
 
     @property
     def lr(self) -> float:  # type: ignore[override]
-        """Higher for a head alone."""
-        return 5 * Method.lr if self.at == "head" else Method.lr
+        """Higher for a head, lower for what is pretrained."""
+        return 5 * Method.lr if self.at == "head" else Method.lr / 40
 
     def build(self, site: Site, part: Part) -> Values | None:
         if site.rows is not None:

@@ -43,6 +43,7 @@ class SoKA(Method):
     at: str = where("q, v | linear | conv")
 
     mergeable = True
+    lr = 5e-4
 
     def build(self, site: Site, part: Part) -> KroneckerSVD:
         site.weight.require_matrix("soka")
