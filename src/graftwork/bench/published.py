@@ -54,7 +54,7 @@ PUBLISHED = (
     *_rows(
         "vtab",
         "cifar100 caltech101 dtd flowers102 pets svhn sun397 camelyon eurosat resisc45",
-        "Xin et al. 2024, V-PETL Bench, table of VTAB-1k (partly quoted there from the methods' papers)",
+        "Xin et al. 2024, V-PETL Bench, NeurIPS 2024, table of VTAB-1k (partly quoted there from the methods' papers)",
         (
             "ViT-B/16, ImageNet-21k | BitFit | 0.10M | 72.8 87.0 59.2 97.5 85.3 59.9 51.4 78.7 91.6 72.9",
             "ViT-B/16, ImageNet-21k | Adapter | 0.16M | 69.2 90.1 68.0 98.8 89.9 82.8 54.3 84.0 94.9 81.9",
