@@ -39,6 +39,11 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         BERT | {"pad_token_id": 1, "bos_token_id": 0, "max_position_embeddings": 60},
     ),
     "llama": (T.LlamaForCausalLM, T.LlamaConfig, TINY | SPECIAL | {"num_key_value_heads": 2}),
+    "mixtral": (
+        T.MixtralForCausalLM,
+        T.MixtralConfig,
+        TINY | SPECIAL | {"num_key_value_heads": 2, "num_local_experts": 3, "num_experts_per_tok": 2},
+    ),
     "gpt2": (
         T.GPT2LMHeadModel,
         T.GPT2Config,
@@ -64,6 +69,14 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         T.WhisperForConditionalGeneration,
         T.WhisperConfig,
         SEQ2SEQ | {"num_mel_bins": 8, "max_source_positions": 10},
+    ),
+    "wav2vec2": (
+        T.Wav2Vec2ForSequenceClassification,
+        T.Wav2Vec2Config,
+        {k: v for k, v in TINY.items() if k != "vocab_size"}
+        | {"conv_dim": [16, 16], "conv_kernel": [10, 3], "conv_stride": [5, 2], "num_conv_pos_embeddings": 8}
+        | {"num_conv_pos_embedding_groups": 2, "classifier_proj_size": 16, "mask_time_prob": 0.0, "layerdrop": 0.0}
+        | {f"{where}_dropout": 0.0 for where in ("hidden", "attention", "activation", "feat_proj")},
     ),
     "vit": (
         T.ViTForImageClassification,
@@ -104,6 +117,8 @@ def batch(name: str, rows: int = 2, length: int = 6, pad: int = 2, side: str = "
 
     if name == "vit":
         return {"pixel_values": torch.randn(rows, 3, 16, 16, generator=generator)}
+    if name == "wav2vec2":
+        return {"input_values": torch.randn(rows, 400, generator=generator)}
     if name == "whisper":
         return {"input_features": torch.randn(rows, 8, 20, generator=generator), "decoder_input_ids": tokens(5)}
     if name == "torch":

@@ -126,7 +126,9 @@ def test_vtab_learns_from_a_thousand_rows_once_the_rate_is_chosen(tmp_path: Path
 def test_published_numbers_name_tasks_that_exist_and_their_source() -> None:
     for one in PUBLISHED:
         assert set(one.scores) <= {s.name for s in SUITES[one.suite]}
-        assert ("arXiv" in one.source or "NeurIPS" in one.source) and all(0 < score < 100 for score in one.scores.values())
+        assert ("arXiv" in one.source or "NeurIPS" in one.source) and all(
+            0 < score < 100 for score in one.scores.values()
+        )
     lora = next(p for p in PUBLISHED if (p.backbone, p.method) == ("roberta-base", "LoRA"))
     assert round(sum(lora.scores.values()) / 8, 1) == 87.2  # the average that the paper prints
     full = next(p for p in PUBLISHED if p.suite == "vtab" and p.method == "full tuning")

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from graftwork.core.attention import Attention
 from graftwork.core.delta import Delta, WeightDelta
-from graftwork.core.errors import GraftError
 from graftwork.core.masks import Tokens
 from graftwork.core.plan import Host
 from graftwork.core.site import Site
+from graftwork.core.unreadable import CALLED, unreadable
 
 from .block_router import Share
 from .change import change
@@ -36,8 +36,7 @@ class RoutedWeight(WeightDelta):
         return self.delta.names()
 
     def adapted(self, name: str, stored: Tensor | None) -> Tensor | None:
-        do = "activate it without other adapters that rewrite this weight, on a layer that is called itself"
-        raise GraftError(f"the adapted {name!r} at {self.key}", "a routed expert has another one for each token", do)
+        return unreadable(name, stored, self.key, "token", CALLED)
 
     def linear(self, x: Tensor, base: Callable[[Tensor], Tensor], host: Host) -> Tensor:
         return self.share.added(self.runtime, x, base(x), lambda x, y: change(self.delta, x, y, base, host))

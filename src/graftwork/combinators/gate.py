@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftwork.core.delta import WeightDelta
-from graftwork.core.errors import GraftError
 from graftwork.core.initial import normal, parameter, uniform, zeros
 from graftwork.core.passes import Runtime, token_mean
 from graftwork.core.plan import Host
 from graftwork.core.site import Site
+from graftwork.core.unreadable import CALLED, unreadable
 
 from .change import change
 
@@ -60,11 +60,7 @@ class GatedWeight(WeightDelta):
         return self.delta.names()
 
     def adapted(self, name: str, stored: Tensor | None) -> Tensor | None:
-        raise GraftError(
-            f"the adapted {name!r} at {self.key}",
-            "a gated adapter has another one for each example",
-            "activate it without other adapters that rewrite this weight, on a layer that is called itself",
-        )
+        return unreadable(name, stored, self.key, "example", CALLED)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take stored tensors; the delta inside takes its own, in whatever form they are."""

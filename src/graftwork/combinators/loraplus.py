@@ -5,6 +5,7 @@ Hayou, Ghosh and Yu 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models"
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -41,6 +42,11 @@ class LoRAPlus(Around):
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         """As the method inside."""
         return self.of.needs
+
+    @property
+    def lr(self) -> float:  # type: ignore[override]
+        """That of A: the geometric mean of both is the method's own."""
+        return self.of.lr / math.sqrt(self.ratio)
 
     def build(self, site: Site, part: Part) -> Delta | None:
         return self.of.build(site, part)

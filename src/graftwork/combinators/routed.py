@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftwork.core.delta import Delta, WeightDelta
-from graftwork.core.errors import GraftError
 from graftwork.core.plan import Host
 from graftwork.core.site import Site
 from graftwork.core.swap import functional
+from graftwork.core.unreadable import CALLED, unreadable
 
 from .router import Router, are_vectors, merged, reads_input
 
@@ -43,11 +43,7 @@ class MixedWeight(WeightDelta):
         return self.inner()[0].names()
 
     def adapted(self, name: str, stored: Tensor | None) -> Tensor | None:
-        raise GraftError(
-            f"the adapted {name!r} at {self.key}",
-            "a mixture has another one for each token",
-            "activate it without other adapters that rewrite this weight, on a layer that is called itself",
-        )
+        return unreadable(name, stored, self.key, "token", CALLED)
 
     def linear(self, x: Tensor, base: Callable[[Tensor], Tensor], host: Host) -> Tensor:
         first = self.inner()[0]

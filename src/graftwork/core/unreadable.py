@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .errors import GraftError
 
+CALLED = "activate it without other adapters that rewrite this weight, on a layer that is called itself"  # what to do
+
 
 def unreadable(name: str, stored: Tensor | None, key: str, of: str, do: str) -> Tensor:
     """A weight that each row (or token: `of`) has another one of, for whoever reads it around the module. do: what to do instead."""

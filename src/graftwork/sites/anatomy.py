@@ -296,5 +296,5 @@ def _hidden(block: Node) -> set[int]:
     return own or {norm_width(n) for n in block.below if n.kind == "norm"}
 
 
-def _is_patch(node: Node) -> bool:
-    return "embed" in node.path.lower() or "patch" in node.path.lower()
+def _is_patch(node: Node) -> bool:  # a positional convolution under a weight norm has no weight of its own, and is none
+    return "weight" in node.module._parameters and any(word in node.path.lower() for word in ("embed", "patch"))

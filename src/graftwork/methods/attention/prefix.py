@@ -56,8 +56,8 @@ class Prefix(Method):
 
     @property
     def lr(self) -> float:  # type: ignore[override]
-        """Numbers that nothing rescales move little by little: without an MLP they need a higher rate."""
-        return 25 * Method.lr if self.reparam == "flat" else Method.lr
+        """Numbers that nothing rescales move little by little: without an MLP they need a higher rate, and with one a lower."""
+        return 25 * Method.lr if self.reparam == "flat" else Method.lr / 4
 
     def build(self, site: Site, part: Part) -> Delta:
         if site.role == "entry":

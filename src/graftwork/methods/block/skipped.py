@@ -57,15 +57,22 @@ class Skipped(Delta):
         x = first_tensor(args, kwargs)
         z, given = self.instead(x, x), dict(zip(self.names, args, strict=False)) | kwargs
         cache = given.get("past_key_values")
-        if (
-            self.layer == 0 and cache is not None and hasattr(cache, "get_seq_length")
-        ):  # its length is that of the first layer
-            room = x.new_zeros(x.shape[0], 1, x.shape[1], 1)
-            cache.update(room, room, 0)
+        if self.layer is not None and hasattr(cache, "get_seq_length"):
+            _hold_place(cache, self.layer, x)
         if not search.returns:
             return z
         carried = [given.get(name) for name in CARRIED] + [None] * search.returns
         return (z, *carried[: search.returns - 1])
+
+
+def _hold_place(cache: Any, layer: int, x: Tensor) -> None:
+    """As many keys as there are tokens, each of one number: a cache's length is that of its first layer, and some models read all."""
+    room = x.new_zeros(x.shape[0], 1, x.shape[1], 1)
+    getattr(cache, "self_attention_cache", cache).update(room, room, layer)
+    cross = getattr(cache, "cross_attention_cache", None)
+    if cross is not None and not cache.is_updated.get(layer):
+        cross.update(room, room, layer)
+        cache.is_updated[layer] = True
 
 
 def _returned(out: Any, key: str) -> int:

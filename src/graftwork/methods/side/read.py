@@ -47,6 +47,8 @@ class READ(Method):
     s_out: float = number(1.0)
     at: str = where("self.attn, block, top | block, top")
 
+    lr = 1e-2
+
     def build(self, site: Site, part: Part) -> Delta | None:
         asked, trail = f"{self} at {site.key}", f"read {id(part)} {site.tower}"
         if site.role == "attn":

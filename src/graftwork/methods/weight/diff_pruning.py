@@ -59,6 +59,7 @@ class DiffPruning(Method):
     at: str = where("linear, norm, embed | linear, norm | linear | conv")
 
     mergeable = True
+    lr = 1e-3
     needs = ("step",)
 
     def __post_init__(self) -> None:

@@ -47,6 +47,7 @@ class DoRA(Method):
     at: str = where("q, k, v, up, down | q, v | linear | conv")
 
     mergeable = True
+    lr = 1e-3
 
     @property
     def scale(self) -> float:

@@ -25,7 +25,7 @@ class Full(Method):
         bias zero); None keeps the backbone's.
     only: names of the module's parameters ("bias"); empty takes all of them.
     lr: a head ("at='head'") starts at random, and is what some methods move most: five times the rate of others where none is given.
-        What is pretrained and trained whole has a fortieth of it, 5e-5.
+        What is pretrained and trained whole has a fortieth of it, 5e-5; norms alone half of it.
     Parameters: all of the module's.  The backbone's own values stay untouched, so several heads live on one backbone.
     When: the reference that every method is compared with, heads, norms, or single layers that are trained whole.
     """
@@ -40,7 +40,7 @@ class Full(Method):
     @property
     def lr(self) -> float:  # type: ignore[override]
         """Higher for a head, lower for what is pretrained."""
-        return 5 * Method.lr if self.at == "head" else Method.lr / 40
+        return Method.lr * {"head": 5, "norm": 1 / 2}.get(self.at, 1 / 40)
 
     def build(self, site: Site, part: Part) -> Values | None:
         if site.rows is not None:

@@ -45,7 +45,6 @@ class SSF(Method):
     at: str = where("any")
 
     mergeable = True
-    lr = 1e-2
 
     @property
     def identity(self) -> bool:  # type: ignore[override]
