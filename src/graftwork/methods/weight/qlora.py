@@ -52,7 +52,7 @@ class QLoRA(Method):
 
     identity = False
     mergeable = True
-    lr = 5e-4
+    lr = 1e-3
 
     def build(self, site: Site, part: Part) -> Quantised:
         site.weight.require_matrix("qlora", self.dropout)
