@@ -11,7 +11,7 @@ from adapter_models import bert, bert_of, closed_form, ids, spread, t5, vit
 from torch.nn import functional as F
 
 import graftwork as gw
-from graftwork.methods.activation.rational import Rational
+from graftwork.methods.activation.forms.rational import Rational
 
 pytestmark = pytest.mark.system("adaptable-adapters")
 

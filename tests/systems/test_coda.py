@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from weight_models import counts
 
 import graftwork as gw
-from graftwork.methods.block.conditional import Choice
-from graftwork.methods.block.soft_topk import exact, iterated
+from graftwork.methods.block.forms.conditional import Choice
+from graftwork.methods.block.forms.soft_topk import exact, iterated
 
 pytestmark = pytest.mark.system("coda")
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from weight_models import counts
 
 import graftwork as gw
-from graftwork.methods.block.search import Search
+from graftwork.methods.block.forms.search import Search
 
 pytestmark = pytest.mark.system("das")
 

@@ -13,7 +13,7 @@ from torch import nn
 from weight_models import around, counts
 
 import graftwork as gw
-from graftwork.methods.weight.difference import budget, size
+from graftwork.methods.weight.forms.difference import budget, size
 
 pytestmark = pytest.mark.system("diff-pruning")
 

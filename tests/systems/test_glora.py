@@ -12,7 +12,7 @@ from torch import nn
 from weight_models import around, counts
 
 import graftwork as gw
-from graftwork.methods.weight.views import KINDS, Choice
+from graftwork.methods.weight.forms.views import KINDS, Choice
 
 pytestmark = pytest.mark.system("glora")
 ALL = [Choice(*kinds) for kinds in itertools.product(*KINDS.values())]

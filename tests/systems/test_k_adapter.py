@@ -12,7 +12,7 @@ from attention_models import batch, decode, make, run, scatter
 from torch import Tensor
 
 import graftwork as gw
-from graftwork.methods.side.knowledge import Features, Knowledge, Layer
+from graftwork.methods.side.forms.knowledge import Features, Knowledge, Layer
 
 pytestmark = pytest.mark.system("k-adapter")
 SMALL = {"states": "0,1,-1", "d": 8, "depth": 2, "heads": 2, "d_ff": 16}

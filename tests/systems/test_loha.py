@@ -11,8 +11,8 @@ from torch import nn
 from weight_models import around, counts
 
 import graftwork as gw
-from graftwork.methods.weight.factor import spread_over
-from graftwork.methods.weight.hadamard import HadamardProduct
+from graftwork.methods.weight.forms.factor import spread_over
+from graftwork.methods.weight.forms.hadamard import HadamardProduct
 
 pytestmark = pytest.mark.system("loha")
 

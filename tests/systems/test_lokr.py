@@ -12,7 +12,7 @@ from torch import nn
 from weight_models import around, counts
 
 import graftwork as gw
-from graftwork.methods.weight.kronecker import factorized, kronecker_linear, kronecker_sum
+from graftwork.methods.weight.forms.kronecker import factorized, kronecker_linear, kronecker_sum
 
 pytestmark = pytest.mark.system("lokr")
 

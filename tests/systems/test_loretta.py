@@ -8,7 +8,7 @@ from adapter_models import bert, closed_form, ids, llama, llama_of, spread
 from weight_models import counts
 
 import graftwork as gw
-from graftwork.methods.weight.tensor_train import TensorTrain, count, factors, shape_of
+from graftwork.methods.weight.forms.tensor_train import TensorTrain, count, factors, shape_of
 
 pytestmark = pytest.mark.system("loretta")
 

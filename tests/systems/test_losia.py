@@ -12,7 +12,7 @@ from torch import nn
 from weight_models import around, counts
 
 import graftwork as gw
-from graftwork.methods.weight.localise import candidates, largest_block, sensitivity
+from graftwork.methods.weight.forms.localise import candidates, largest_block, sensitivity
 
 pytestmark = pytest.mark.system("losia")
 

@@ -14,7 +14,7 @@ from attention_models import batch, decode, make, run, scatter
 from torch import Tensor
 
 import graftwork as gw
-from graftwork.methods.side.importance import fisher, reprune
+from graftwork.methods.side.forms.importance import fisher, reprune
 
 pytestmark = pytest.mark.system("lst")
 KINDS = ["bert", "llama", "gpt2", "t5", "bart", "vit", "whisper", "torch"]

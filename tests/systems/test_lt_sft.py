@@ -10,7 +10,7 @@ from torch import nn
 from weight_models import around, counts
 
 import graftwork as gw
-from graftwork.methods.weight.difference import budget, largest, size
+from graftwork.methods.weight.forms.difference import budget, largest, size
 
 pytestmark = pytest.mark.system("lt-sft")
 

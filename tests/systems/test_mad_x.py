@@ -10,7 +10,7 @@ from adapter_models import closed_form, gpt2, ids, masked_bert, on_meta, spread,
 from transformers import XLMRobertaConfig, XLMRobertaForMaskedLM
 
 import graftwork as gw
-from graftwork.methods.input.coupling import Glow, Nice
+from graftwork.methods.input.forms.coupling import Glow, Nice
 
 pytestmark = pytest.mark.system("mad-x")
 COUPLINGS = ("nice", "glow")

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from weight_models import around, counts
 
 import graftwork as gw
-from graftwork.methods.weight.kronecker import kronecker_linear
+from graftwork.methods.weight.forms.kronecker import kronecker_linear
 from graftwork.methods.weight.moka_kron import balanced
 
 pytestmark = pytest.mark.system("moka-kron")

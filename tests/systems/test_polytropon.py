@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import graftwork as gw
 from graftwork.core.errors import GraftError
-from graftwork.methods.weight.allocation import log_prior
+from graftwork.methods.weight.forms.allocation import log_prior
 
 pytestmark = pytest.mark.system("polytropon")
 TASKS = ("mnli", "sst2", "rte")

@@ -10,7 +10,7 @@ from torch import nn
 from weight_models import around, counts, dense, gpt2, mixtral
 
 import graftwork as gw
-from graftwork.methods.weight.nf4 import NF4, levels
+from graftwork.methods.weight.forms.nf4 import NF4, levels
 
 pytestmark = pytest.mark.system("qlora")
 

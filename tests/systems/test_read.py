@@ -13,7 +13,7 @@ from attention_models import batch, decode, make, run, scatter
 from torch import Tensor
 
 import graftwork as gw
-from graftwork.methods.side.recurrent import Correction
+from graftwork.methods.side.forms.recurrent import Correction
 
 pytestmark = pytest.mark.system("read")
 KINDS = ["bert", "llama", "gpt2", "t5", "vit", "whisper", "torch"]

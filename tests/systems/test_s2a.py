@@ -14,8 +14,8 @@ from attention_models import batch, make, run, scatter
 from torch import Tensor, nn
 
 import graftwork as gw
-from graftwork.methods.side.codes import pack, unpack
-from graftwork.methods.side.packing import Packing
+from graftwork.methods.side.forms.codes import pack, unpack
+from graftwork.methods.side.forms.packing import Packing
 
 pytestmark = pytest.mark.system("s2a")
 

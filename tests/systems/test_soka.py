@@ -12,7 +12,7 @@ from torch import nn
 from weight_models import around, counts
 
 import graftwork as gw
-from graftwork.methods.weight.kronecker import kronecker_linear, kronecker_sum, rearranged
+from graftwork.methods.weight.forms.kronecker import kronecker_linear, kronecker_sum, rearranged
 from graftwork.methods.weight.soka import elbow, picked
 
 pytestmark = pytest.mark.system("soka")

@@ -9,7 +9,7 @@ from torch import nn
 from weight_models import around, counts
 
 import graftwork as gw
-from graftwork.methods.weight.structured import KINDS, Structured, circulant, dense, product, skew, toeplitz
+from graftwork.methods.weight.forms.structured import KINDS, Structured, circulant, dense, product, skew, toeplitz
 
 pytestmark = pytest.mark.system("surm")
 BIG = torch.empty(0, dtype=torch.float64)

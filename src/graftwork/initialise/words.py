@@ -12,7 +12,7 @@ from ..core.adapter import Adapter
 from ..core.attention import Attention
 from ..core.errors import GraftError
 from ..grafting.graft import find, using
-from ..methods.attention.positions import Shift
+from ..methods.attention.forms.positions import Shift
 
 
 def from_words(model: nn.Module, name: str, **inputs: Any) -> None:

@@ -13,9 +13,9 @@ from torch import nn
 
 from ..core.errors import GraftError
 from ..grafting.graft import activate, active, find
+from ..methods.weight.forms.supports import Supports
+from ..methods.weight.forms.views import KINDS, Choice
 from ..methods.weight.glora import GLoRA
-from ..methods.weight.supports import Supports
-from ..methods.weight.views import KINDS, Choice
 
 TRIES = 1000  # candidates beyond the limit that are drawn before the limit counts as too small
 

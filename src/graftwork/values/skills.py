@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ..core.adapter import Adapter
 from ..core.errors import GraftError
 from ..core.method import Method
-from ..methods.weight.allocation import Router
+from ..methods.weight.forms.allocation import Router
+from ..methods.weight.forms.skills import Skills
 from ..methods.weight.lora import LoRA
 from ..methods.weight.poly import Poly
-from ..methods.weight.skills import Skills
 from .turned import Turn, turned
 
 Tensors = dict[str, Tensor]

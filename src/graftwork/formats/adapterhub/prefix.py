@@ -14,7 +14,7 @@ from ...core.adapter import quoted
 from ...core.errors import GraftError
 from ...core.method import Method
 from ...core.site import Site
-from ...methods.activation.nonlinear import ACTIVATIONS
+from ...methods.activation.forms.nonlinear import ACTIVATIONS
 from ...methods.attention.prefix import Prefix, kind_of
 from ..config import Config
 from ..pieces import Slot, one

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...core.errors import GraftError
 from ...core.weight import Weight
-from ...methods.weight.starts import Pair, orthonormal, principal
+from ...methods.weight.forms.starts import Pair, orthonormal, principal
 from ...sites.body import Body
 from ..config import Config
 from ..places import whole_site

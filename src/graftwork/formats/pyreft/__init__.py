@@ -18,8 +18,8 @@ from torch import Tensor
 from ...core.adapter import Adapter
 from ...core.errors import GraftError
 from ...core.site import Site
+from ...methods.activation.forms.nonlinear import ACTIVATIONS
 from ...methods.activation.loreft import LoReFT
-from ...methods.activation.nonlinear import ACTIVATIONS
 from ...sites.body import Body
 from ...store.read import Stored
 from ..files import read_json, read_tensors, write_files

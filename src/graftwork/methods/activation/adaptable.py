@@ -21,8 +21,8 @@ from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
 from ..weight.dylora import Steps
-from .nonlinear import ACTIVATIONS, starts
-from .rational import Rational
+from .forms.nonlinear import ACTIVATIONS, starts
+from .forms.rational import Rational
 
 
 @method("adaptable_adapters")

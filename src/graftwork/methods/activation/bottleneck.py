@@ -14,8 +14,8 @@ from graftwork.core.fields import choice, flag, fraction, number, positive, wher
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
-from .nonlinear import ACTIVATIONS
-from .residual import POSITIONS, Residual, check_position
+from .forms.nonlinear import ACTIVATIONS
+from .forms.residual import POSITIONS, Residual, check_position
 
 
 @method("bottleneck")

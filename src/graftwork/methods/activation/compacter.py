@@ -17,9 +17,9 @@ from graftwork.core.method import Method, method, preset
 from graftwork.core.site import Site
 
 from ..weight.full import Full
-from .hypercomplex import Hypercomplex, Rule
-from .nonlinear import ACTIVATIONS
-from .residual import check_position
+from .forms.hypercomplex import Hypercomplex, Rule
+from .forms.nonlinear import ACTIVATIONS
+from .forms.residual import check_position
 
 
 @method("phm")

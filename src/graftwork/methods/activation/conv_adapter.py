@@ -20,8 +20,8 @@ from graftwork.core.method import Method, method
 from graftwork.core.plan import channels_first
 from graftwork.core.site import Site
 
-from .nonlinear import ACTIVATIONS
-from .window import Window, window_around, window_of
+from .forms.nonlinear import ACTIVATIONS
+from .forms.window import Window, window_around, window_of
 
 
 @method("conv_adapter")

@@ -17,9 +17,9 @@ from graftwork.core.fields import choice, flag, fraction, positive, text, where
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
-from .nonlinear import ACTIVATIONS
-from .reft import Reft
-from .subspace import VARIANTS
+from .forms.nonlinear import ACTIVATIONS
+from .forms.reft import Reft
+from .forms.subspace import VARIANTS
 
 
 @method("loreft")

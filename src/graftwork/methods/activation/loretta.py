@@ -16,10 +16,10 @@ from graftwork.core.initial import parameter, uniform, zeros
 from graftwork.core.method import Method, method, preset
 from graftwork.core.site import Site
 
+from ..weight.forms.tensor_train import TensorTrain, count, shape_of
 from ..weight.full import Full
-from ..weight.tensor_train import TensorTrain, count, shape_of
-from .nonlinear import ACTIVATIONS
-from .residual import Branch
+from .forms.nonlinear import ACTIVATIONS
+from .forms.residual import Branch
 
 
 @method("loretta_adp")

@@ -21,7 +21,7 @@ from graftwork.core.initial import kaiming_uniform, parameter, zeros
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
-from .nonlinear import ACTIVATIONS
+from .forms.nonlinear import ACTIVATIONS
 
 
 @method("perft_e")

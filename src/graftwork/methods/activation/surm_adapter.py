@@ -16,9 +16,9 @@ from graftwork.core.initial import parameter, zeros
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
-from ..weight.structured import KINDS, Structured, check, count
-from .nonlinear import ACTIVATIONS
-from .residual import Branch
+from ..weight.forms.structured import KINDS, Structured, check, count
+from .forms.nonlinear import ACTIVATIONS
+from .forms.residual import Branch
 
 
 @method("surm_adapter")

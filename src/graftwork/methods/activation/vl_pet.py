@@ -16,9 +16,9 @@ from graftwork.core.site import Site
 
 from ..weight.full import Full
 from .bottleneck import Bottleneck
-from .granular import GATES, Granular
-from .nonlinear import ACTIVATIONS
-from .residual import check_position
+from .forms.granular import GATES, Granular
+from .forms.nonlinear import ACTIVATIONS
+from .forms.residual import check_position
 
 
 @method("vl_pet_encoder")

@@ -18,7 +18,7 @@ from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 from graftwork.sites.heads import widths
 
-from .front import Front
+from .forms.front import Front
 
 
 @method("kv_prompt")

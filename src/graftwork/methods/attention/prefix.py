@@ -21,8 +21,8 @@ from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 from graftwork.sites.heads import widths
 
-from .front import Front
-from .positions import Shift
+from .forms.front import Front
+from .forms.positions import Shift
 
 
 @method("prefix")

@@ -20,8 +20,8 @@ from graftwork.core.site import Site
 from graftwork.core.weight import is_conv1d
 
 from ..activation.bottleneck import Bottleneck
-from .conditional import Among, Choice, Gathered
-from .search import block_name
+from .forms.conditional import Among, Choice, Gathered
+from .forms.search import block_name
 
 
 @method("coda")

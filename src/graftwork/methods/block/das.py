@@ -20,8 +20,8 @@ from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
 from ..activation.bottleneck import Bottleneck
-from .search import Search, block_name, candidates
-from .skipped import Skipped
+from .forms.search import Search, block_name, candidates
+from .forms.skipped import Skipped
 
 PATIENCE = 1000  # training passes without a turn, before a warning
 

@@ -15,7 +15,7 @@ from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
 from ..activation.bottleneck import Bottleneck
-from .dispatch import Dispatch, Rates
+from .forms.dispatch import Dispatch, Rates
 
 
 @method("dyt")

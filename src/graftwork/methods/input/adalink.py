@@ -15,8 +15,8 @@ from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
 from ..activation.bottleneck import Bottleneck
-from ..activation.nonlinear import ACTIVATIONS
-from ..activation.residual import Residual
+from ..activation.forms.nonlinear import ACTIVATIONS
+from ..activation.forms.residual import Residual
 from ..weight.hydra import Hydra, TwoHeads
 from .invertible import like
 

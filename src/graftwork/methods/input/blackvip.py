@@ -16,7 +16,7 @@ from graftwork.core.fields import choice, number, positive, where
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
-from .decoder import STAGES, Drawn, layout
+from .forms.decoder import STAGES, Drawn, layout
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 

@@ -16,8 +16,8 @@ from graftwork.core.fields import choice, number, positive, where
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
-from ..activation.nonlinear import ACTIVATIONS
-from .coupling import Glow, Nice, halves
+from ..activation.forms.nonlinear import ACTIVATIONS
+from .forms.coupling import Glow, Nice, halves
 
 
 @method("invertible")

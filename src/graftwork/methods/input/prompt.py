@@ -20,8 +20,8 @@ from graftwork.core.initial import Initial, uniform
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
-from .sequence import CrossMask
-from .soft import SoftPrompt
+from .forms.sequence import CrossMask
+from .forms.soft import SoftPrompt
 
 
 def _rows(value: Any) -> str:

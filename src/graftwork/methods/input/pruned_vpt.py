@@ -18,7 +18,7 @@ from graftwork.core.initial import ones, tensor
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
-from .visual import Tokens, VisualPrompt, bound, check_block
+from .forms.visual import Tokens, VisualPrompt, bound, check_block
 
 
 @method("pruned_vpt")

@@ -15,7 +15,7 @@ from graftwork.core.fields import count, flag, fraction, positive, where
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
-from .visual import Projection, Tokens, VisualPrompt, bound, check_block, windowed
+from .forms.visual import Projection, Tokens, VisualPrompt, bound, check_block, windowed
 
 
 @method("vpt")

@@ -16,8 +16,8 @@ from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 from graftwork.sites.where import in_layers
 
-from .knowledge import Features, Knowledge
-from .trail import causal, ending, stack_of
+from .forms.knowledge import Features, Knowledge
+from .forms.trail import causal, ending, stack_of
 
 
 @method("k_adapter")

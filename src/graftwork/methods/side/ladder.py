@@ -17,10 +17,10 @@ from graftwork.core.fields import choice, count, fraction, number, positive, whe
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
-from .inputs import Memory
-from .pruning import prune
-from .rungs import Rung, Top, norm_parts
-from .thin import thin_block
+from .forms.inputs import Memory
+from .forms.pruning import prune
+from .forms.rungs import Rung, Top, norm_parts
+from .forms.thin import thin_block
 
 
 @method("ladder")

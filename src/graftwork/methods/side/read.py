@@ -15,8 +15,8 @@ from graftwork.core.fields import choice, flag, number, positive, where
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
-from .recurrent import CELLS, Correction, Map
-from .trail import Step, ending, stack_of
+from .forms.recurrent import CELLS, Correction, Map
+from .forms.trail import Step, ending, stack_of
 
 
 @method("read")

@@ -23,10 +23,10 @@ from graftwork.core.method import Method, method, preset
 from graftwork.core.plan import first_output
 from graftwork.core.site import Site
 
-from ..activation.nonlinear import ACTIVATIONS
+from ..activation.forms.nonlinear import ACTIVATIONS
 from ..weight.bitfit import BitFit
-from .packing import Packing
-from .trail import End, Line, causal, ending, stack_of, visible
+from .forms.packing import Packing
+from .forms.trail import End, Line, causal, ending, stack_of, visible
 
 CAUSAL = "a causal block: a mean over all tokens tells of later ones"
 

@@ -16,7 +16,7 @@ from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 from graftwork.products.spectrum import leading
 
-from .hadamard import Hadamard
+from .forms.hadamard import Hadamard
 
 
 @method("abba")

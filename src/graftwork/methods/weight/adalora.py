@@ -17,7 +17,7 @@ from graftwork.core.fields import fraction, number, positive, rank, where
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
-from .triplets import Triplets
+from .forms.triplets import Triplets
 
 EPS = 1e-9  # a share of the training, t / T, that is at a boundary up to rounding is at it; a budget likewise
 

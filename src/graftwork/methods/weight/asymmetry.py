@@ -19,8 +19,8 @@ from graftwork.core.initial import Initial, drawing_from, kaiming_uniform, tenso
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
-from .residual import require_rank
-from .starts import gaussian_qr, weight_at
+from .forms.residual import require_rank
+from .forms.starts import gaussian_qr, weight_at
 
 
 @method("asymmetry_lora")

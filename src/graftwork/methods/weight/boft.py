@@ -21,8 +21,8 @@ from graftwork.core.plan import Host
 from graftwork.core.site import Site
 from graftwork.core.weight import Weight
 
-from .multiplied import width
-from .rotations import cayley, joined, side_by_side, turn, turned_weight
+from .forms.multiplied import width
+from .forms.rotations import cayley, joined, side_by_side, turn, turned_weight
 
 
 @method("boft")

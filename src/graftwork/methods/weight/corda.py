@@ -17,9 +17,9 @@ from graftwork.core.initial import zeros
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
+from .forms.residual import Residual, joined, require_rank
+from .forms.starts import Pair, shared_out, weight_at
 from .lora import LoRA
-from .residual import Residual, joined, require_rank
-from .starts import Pair, shared_out, weight_at
 
 CLOSE = 0.05  # |C C^-1 - I| (Frobenius) of an inverse that is good enough
 

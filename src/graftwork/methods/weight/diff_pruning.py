@@ -20,7 +20,7 @@ from graftwork.core.initial import constant, parameter
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
-from .difference import Difference, budget, largest, size
+from .forms.difference import Difference, budget, largest, size
 
 EPS = 1e-4  # u is drawn from (EPS, 1 - EPS)
 

@@ -17,8 +17,8 @@ from graftwork.core.initial import kaiming_uniform, tensor, zeros
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
-from .residual import require_rank
-from .starts import gaussian_qr
+from .forms.residual import require_rank
+from .forms.starts import gaussian_qr
 
 
 @method("eigenlorax")

@@ -20,7 +20,7 @@ from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 from graftwork.core.weight import Weight
 
-from .multiplied import Multiplied, Pair, require_divisor
+from .forms.multiplied import Multiplied, Pair, require_divisor
 
 
 @method("ether")

@@ -17,8 +17,8 @@ from graftwork.core.fields import choice, flag, rank, where
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
-from .supports import Supports
-from .views import KINDS, LARGEST, Choice
+from .forms.supports import Supports
+from .forms.views import KINDS, LARGEST, Choice
 
 if TYPE_CHECKING:
     from torch import Tensor

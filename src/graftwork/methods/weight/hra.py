@@ -19,7 +19,7 @@ from graftwork.core.initial import Initial
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
-from .multiplied import Multiplied, Pair, width
+from .forms.multiplied import Multiplied, Pair, width
 
 
 @method("hra")

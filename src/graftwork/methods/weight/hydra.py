@@ -25,7 +25,7 @@ from graftwork.core.site import Site
 from graftwork.core.weight import Weight
 from graftwork.products.lowrank import low_rank
 
-from .biases import require_bias
+from .forms.biases import require_bias
 
 INITIAL: dict[str, Initial] = {"xavier": xavier_uniform(), "kaiming": kaiming_uniform(), "normal": normal(0.02)}
 

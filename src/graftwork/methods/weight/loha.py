@@ -18,8 +18,8 @@ from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 from graftwork.core.weight import Weight
 
-from .dropouts import Dropouts
-from .hadamard import Hadamard
+from .forms.dropouts import Dropouts
+from .forms.hadamard import Hadamard
 
 
 @method("loha")

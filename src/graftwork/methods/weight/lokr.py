@@ -21,10 +21,10 @@ from graftwork.core.plan import Host
 from graftwork.core.site import Site
 from graftwork.core.weight import Weight
 
-from .dropouts import Dropouts
-from .factor import Factor
-from .formed import is_thin
-from .kronecker import factorized, kronecker_linear, kronecker_sum, work_of
+from .forms.dropouts import Dropouts
+from .forms.factor import Factor
+from .forms.formed import is_thin
+from .forms.kronecker import factorized, kronecker_linear, kronecker_sum, work_of
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from graftwork.core.plan import Host
 from graftwork.core.site import Site
 from graftwork.products.lowrank import low_rank
 
-from .residual import Residual, joined, require_rank
-from .starts import Pair, initials, minor, orthonormal, principal
+from .forms.residual import Residual, joined, require_rank
+from .forms.starts import Pair, initials, minor, orthonormal, principal
 
 
 @method("lora")

@@ -16,7 +16,7 @@ from graftwork.core.fields import choice, fraction, number, positive, where
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
-from .tensor_train import TensorTrain, count, shape_of
+from .forms.tensor_train import TensorTrain, count, shape_of
 
 
 @method("loretta_rep")

@@ -17,7 +17,7 @@ from graftwork.core.fields import choice, flag, fraction, number, positive, wher
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
-from .subnet import Subnet
+from .forms.subnet import Subnet
 
 
 @method("losia")

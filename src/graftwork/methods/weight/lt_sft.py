@@ -15,7 +15,7 @@ from graftwork.core.fields import fraction, number, positive, where
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
-from .difference import Difference, budget, largest, size
+from .forms.difference import Difference, budget, largest, size
 
 
 @method("lt_sft")

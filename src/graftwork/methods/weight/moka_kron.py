@@ -24,8 +24,8 @@ from graftwork.core.plan import Host
 from graftwork.core.site import Site
 from graftwork.core.weight import Weight
 
-from .formed import is_thin
-from .kronecker import divisors, kronecker_linear, kronecker_sum, work_of
+from .forms.formed import is_thin
+from .forms.kronecker import divisors, kronecker_linear, kronecker_sum, work_of
 
 Shape = tuple[int, int]
 

@@ -22,7 +22,7 @@ from graftwork.core.plan import Host
 from graftwork.core.site import Site
 from graftwork.products.lowrank import whole_update
 
-from .partial import partial_update
+from .forms.partial import partial_update
 
 
 @method("neuroada")

@@ -21,7 +21,7 @@ from graftwork.core.initial import kaiming_uniform, normal, parameter, tensor, z
 from graftwork.core.method import Method, method, preset
 from graftwork.core.site import Site
 
-from ..activation.window import window_of
+from ..activation.forms.window import window_of
 from .batch_norm import BatchNorm
 
 

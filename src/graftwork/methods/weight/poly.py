@@ -16,8 +16,8 @@ from graftwork.core.fields import count, flag, number, positive, rank, where, wo
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
-from .allocation import Router
-from .skills import Skills
+from .forms.allocation import Router
+from .forms.skills import Skills
 
 
 @method("poly")

@@ -22,7 +22,7 @@ from graftwork.core.plan import Host
 from graftwork.core.site import Site
 from graftwork.products.lowrank import traced
 
-from .nf4 import NF4
+from .forms.nf4 import NF4
 
 
 @method("qlora")

@@ -20,7 +20,7 @@ from graftwork.core.method import Method, method
 from graftwork.core.plan import Host
 from graftwork.core.site import Site
 
-from .multiplied import require_divisor
+from .forms.multiplied import require_divisor
 
 EACH = {"1": 1, "2": 2, "4": 4}  # angles for every two features
 

@@ -17,7 +17,7 @@ from graftwork.core.fields import number, positive, where
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
-from .kronecker_svd import KroneckerSVD, decomposed, sides
+from .forms.kronecker_svd import KroneckerSVD, decomposed, sides
 
 FLAT = 1e-6  # a spectrum that stays this near its chord, as a share of its largest value, has no elbow
 

@@ -23,7 +23,7 @@ from graftwork.core.method import Method, method
 from graftwork.core.plan import Host
 from graftwork.core.site import Site
 
-from .biases import require_bias
+from .forms.biases import require_bias
 
 
 @method("ssf")

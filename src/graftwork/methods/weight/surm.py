@@ -21,7 +21,7 @@ from graftwork.core.method import Method, method
 from graftwork.core.plan import Host
 from graftwork.core.site import Site
 
-from .structured import KINDS, Structured, check, count
+from .forms.structured import KINDS, Structured, check, count
 
 
 @method("surm")

@@ -16,7 +16,7 @@ from graftwork.core.fields import flag, fraction, number, positive, where
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
 
-from .bank import Bank, Composed
+from .forms.bank import Bank, Composed
 
 
 @method("vblora")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from graftwork.core.initial import tensor, uniform
 
 if TYPE_CHECKING:
-    from .poly import Poly
+    from ..poly import Poly
 
 SMALLEST = 1e-12  # beside the sum of the skills of a task, which may be none
 

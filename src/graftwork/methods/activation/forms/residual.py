@@ -17,7 +17,7 @@ from graftwork.core.site import Site
 from .nonlinear import ACTIVATIONS, starts
 
 if TYPE_CHECKING:
-    from .bottleneck import Bottleneck
+    from ..bottleneck import Bottleneck
 
 POSITIONS = ("after", "parallel", "residual", "before", "sum")
 

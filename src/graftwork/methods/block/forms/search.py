@@ -17,7 +17,7 @@ from graftwork.core.plan import channels_first
 from graftwork.core.site import Site
 
 if TYPE_CHECKING:
-    from .das import DAS
+    from ..das import DAS
 
 
 def block_name(site: Site) -> str:

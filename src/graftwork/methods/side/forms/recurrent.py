@@ -18,7 +18,7 @@ from graftwork.core.site import Site
 from .trail import End, Line, Seen
 
 if TYPE_CHECKING:
-    from .read import READ
+    from ..read import READ
 
 CELLS = {"gru": 3, "lstm": 4, "rnn": 1, "linear": 0}  # gates of each
 

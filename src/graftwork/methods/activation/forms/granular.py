@@ -16,7 +16,7 @@ from graftwork.core.site import Site
 from .nonlinear import ACTIVATIONS
 
 if TYPE_CHECKING:
-    from .vl_pet import VLPETEncoder
+    from ..vl_pet import VLPETEncoder
 
 GATES = ("large", "middle_x", "middle_y", "small")
 

@@ -15,10 +15,10 @@ from graftwork.core.initial import parameter, uniform
 from graftwork.core.plan import first_output, first_tensor, reading, replace_first, replace_output
 from graftwork.core.site import Site
 
-from ..activation.residual import Residual
+from ...activation.forms.residual import Residual
 
 if TYPE_CHECKING:
-    from .dyt import DyT
+    from ..dyt import DyT
 
 
 class Rates(nn.Module):

@@ -17,7 +17,7 @@ from graftwork.core.site import Site
 from .sequence import filler, first_real, insert, shifted, shortened
 
 if TYPE_CHECKING:
-    from .prompt import Prompt
+    from ..prompt import Prompt
 
 
 class SoftPrompt(Delta):

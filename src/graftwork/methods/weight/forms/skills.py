@@ -19,7 +19,7 @@ from graftwork.products.lowrank import low_rank
 from .allocation import Router, log_prior
 
 if TYPE_CHECKING:
-    from .poly import Poly
+    from ..poly import Poly
 
 
 class Skills(WeightDelta):

@@ -15,7 +15,7 @@ from graftwork.core.passes import Runtime
 from graftwork.core.plan import first_tensor
 from graftwork.core.site import Site
 
-from ..side.inputs import CARRIED
+from ...side.forms.inputs import CARRIED
 from .search import Search, block_name
 
 

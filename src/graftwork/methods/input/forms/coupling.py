@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graftwork.core.initial import normal, parameter, zeros
 
-from ..activation.nonlinear import ACTIVATIONS
+from ...activation.forms.nonlinear import ACTIVATIONS
 
 CLAMP = 5.0  # the logarithm of a scale stays within +-0.636 pi / 2 * CLAMP
 

@@ -13,7 +13,7 @@ from graftwork.core.initial import kaiming_uniform, orthogonal, parameter, unifo
 from .nonlinear import ACTIVATIONS
 
 if TYPE_CHECKING:
-    from .loreft import LoReFT
+    from ..loreft import LoReFT
 
 # variant -> (W is trained, the state's own coordinates are taken out, R has orthonormal rows)
 VARIANTS = {

@@ -17,7 +17,7 @@ from graftwork.core.site import Site
 from .subspace import Edit
 
 if TYPE_CHECKING:
-    from .loreft import LoReFT
+    from ..loreft import LoReFT
 
 
 class Reft(Delta):

@@ -14,7 +14,7 @@ from graftwork.core.initial import normal, parameter, uniform
 from graftwork.core.site import Site
 
 if TYPE_CHECKING:
-    from .vblora import VBLoRA
+    from ..vblora import VBLoRA
 
 SIDES = ("down", "up")
 

@@ -16,7 +16,7 @@ from graftwork.core.site import Site
 from .trail import End, Line, Seen, Step, visible
 
 if TYPE_CHECKING:
-    from .k_adapter import KAdapter
+    from ..k_adapter import KAdapter
 
 
 class Layer(nn.Module):

@@ -15,7 +15,7 @@ from graftwork.core.initial import ones, parameter, tensor, uniform, zeros
 from graftwork.core.site import Site
 
 if TYPE_CHECKING:
-    from .blackvip import BlackVIP
+    from ..blackvip import BlackVIP
 
 WIDTHS = (64, 32, 32, 16)  # channels behind each stage but the last
 STAGES = len(WIDTHS) + 1

@@ -20,7 +20,7 @@ from graftwork.products.lowrank import low_rank, whole_update
 from .views import KINDS, Choice, Support
 
 if TYPE_CHECKING:
-    from .glora import GLoRA
+    from ..glora import GLoRA
 
 
 class Supports(WeightDelta):

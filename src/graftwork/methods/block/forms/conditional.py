@@ -18,11 +18,11 @@ from graftwork.core.masks import Tokens
 from graftwork.core.plan import first_output, first_tensor, replace_first, replace_output
 from graftwork.core.site import Site
 
-from ..activation.residual import Residual
+from ...activation.forms.residual import Residual
 from .soft_topk import exact, iterated
 
 if TYPE_CHECKING:
-    from .coda import CoDA
+    from ..coda import CoDA
 
 
 def taken(t: Tensor, index: Tensor, axis: int = 1) -> Tensor:

@@ -17,7 +17,7 @@ from .thin import initialise, thin_block
 from .trail import End, Line, Seen, Step
 
 if TYPE_CHECKING:
-    from .ladder import Ladder
+    from ..ladder import Ladder
 
 
 def norm_parts(module: nn.Module) -> list[str]:

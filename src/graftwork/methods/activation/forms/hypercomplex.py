@@ -15,7 +15,7 @@ from .nonlinear import ACTIVATIONS
 from .residual import Branch
 
 if TYPE_CHECKING:
-    from .compacter import PHM
+    from ..compacter import PHM
 
 
 class Rule(nn.Module):
