@@ -92,7 +92,7 @@ def test_the_dead_processs_run_was_done_by_another(finished) -> None:
 
 def test_a_finished_bench_runs_nothing_again(finished, monkeypatch: pytest.MonkeyPatch) -> None:
     s, rows = finished
-    monkeypatch.setattr("subprocess.Popen", None)  # it would need one
+    monkeypatch.setattr("graftwork.bench.work.PROCESSES", None)  # it would need one
     assert bench(s).is_file()
     assert SQLite(Path(s.out) / FILE, 60).rows() == rows
 

@@ -1,14 +1,12 @@
-"""One run in a process of its own: `python -m graftwork.bench.child JOB.json`, which also says where the result is written.
-
-So that its peak of memory and its seconds are its own, and that whatever it does to the process ends nothing but itself.
-"""
+"""One run in a process of its own: so that its peak of memory and its seconds are its own, and that whatever it does to the process
+ends nothing but itself."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-import sys
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -86,8 +84,14 @@ def job(
     return {**told, "plugins": plugins.RAN, "data": dataclasses.asdict(data), "fit": dataclasses.asdict(fit)}
 
 
-if __name__ == "__main__":
-    told = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+def main(file: str, log: str) -> None:
+    """Do the job that a file holds, which also says where the result is written. What the process says goes to `log`."""
+    if hasattr(os, "setsid"):
+        os.setsid()  # Ctrl-C is for the process that waits, which ends this one and gives the run back
+    with open(log, "wb") as said:
+        for stream in (1, 2):
+            os.dup2(said.fileno(), stream)
+    told = json.loads(Path(file).read_text(encoding="utf-8"))
     for plugin in told["plugins"]:
         plugins.run(plugin)
     done = run(told)

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from ..core.errors import GraftError
-from ..train.settings import above, at_least, check, given, option
+from ..train.settings import Precision, above, at_least, check, given, option
 
 # what may differ between two calls on one file: it adds runs, or says how they are done, and changes none that is there
 FREE = ("out", "tasks", "methods", "seeds", "workers", "storage", "study", "timeout", "lease", "data_dir")
@@ -64,6 +64,7 @@ class BenchSettings:
         "optimiser steps, in the place of --epochs", default=None, check=at_least(1, may_be_none=True)
     )
     batch: int = option("rows per step", default=16, check=at_least(1))
+    precision: Precision = option("number format; auto is bf16 where the hardware has it", default="auto")
     max_length: int | None = option(
         "tokens a text is cut at; by default what the backbone allows, at most 512",
         default=None,
