@@ -163,13 +163,13 @@ def telling(site: Site) -> int:
     return late.get(site.role, 0) + (5 if site.rows is not None else 0)
 
 
-def in_layers(sites: list[Site], layers: str) -> list[Site]:
-    """Those of the sites that stand in these layers. GraftError where a range of them has none."""
+def in_layers(sites: list[Site], layers: str, word: str = "layers") -> list[Site]:
+    """Those of the sites that stand in these layers. GraftError where a range of them has none. word: the option's name."""
     spans = []
     for part in layers.split(","):
         match = re.fullmatch(r"\s*(-?\d+)(?:\s*-\s*(-?\d+))?\s*", part)
         if match is None:
-            raise GraftError(f"layers {layers!r}", f"{part.strip()!r} is neither a number nor a range", "write 0-5,-1")
+            raise GraftError(f"{word} {layers!r}", f"{part.strip()!r} is neither a number nor a range", "write 0-5,-1")
         spans.append((int(match[1]), int(match[2] if match[2] is not None else match[1])))
     placed = [site for site in sites if site.layer is not None]
     for first, last in spans:
@@ -182,7 +182,7 @@ def in_layers(sites: list[Site], layers: str) -> list[Site]:
             )
             text = str(first) if first == last else f"{first}-{last}"
             raise GraftError(
-                f"layers {layers!r}", f"{found}, none of them in {text}", "count from 0, or from -1 backwards"
+                f"{word} {layers!r}", f"{found}, none of them in {text}", "count from 0, or from -1 backwards"
             )
     return [site for site in placed if any(_within(site, first, last) for first, last in spans)]
 

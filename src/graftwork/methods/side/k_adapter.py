@@ -60,7 +60,7 @@ class KAdapter(Method):
         asked, trail = f"{self} at {site.key}", f"k_adapter {id(part)} {site.tower}"
         if not ending(part, site):
             return None
-        chosen = in_layers(stack_of(part, site, asked), self.states)
+        chosen = in_layers(stack_of(part, site, asked), self.states, "k_adapter's states")
         if site.role == "top":
             return Features(self, site, trail)
         return Knowledge(self, site, trail, causal(site.module)) if site in chosen else None
@@ -69,7 +69,7 @@ class KAdapter(Method):
         d, wide = self.d, site.d
         if site.role == "top":
             return 2 * wide**2 + wide if site.exit is not None else 0
-        if site not in in_layers(_numbered(site), self.states):
+        if site not in in_layers(_numbered(site), self.states, "k_adapter's states"):
             return 0
         return self.depth * (4 * d**2 + 2 * d * self.d_ff + 9 * d + self.d_ff) + 2 * d * wide + d + wide
 
