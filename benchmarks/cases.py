@@ -13,7 +13,7 @@ BERT = ["query", "key", "value", "attention.output.dense", "intermediate.dense",
 
 # measured without a twin, on every linear map of the blocks
 PLAIN = ["abba", "kadaptation", "soka", "moka_kron", "loretta_rep", "hydra", "msplora", "asymmetry_lora", "eigenlorax"]
-PLAIN += ["dylora", "pissa", "rslora", "loraplus", "lt_sft", "diff_pruning", "neuroada"]
+PLAIN += ["dylora", "surm", "urae", "pissa", "rslora", "loraplus", "lt_sft", "diff_pruning", "neuroada", "bi_lora"]
 
 
 @dataclass(frozen=True)
