@@ -71,8 +71,9 @@ def run(name: str, lr: float, seed: int, whole: bool) -> dict[str, Any]:
     from graftwork.train.run import chosen_split
     from graftwork.train.trained import open_trained
 
-    for method in gw.parse_methods(name):
-        type(method).lr = lr
+    first = gw.parse_methods(name)[0]
+    if lr != first.lr:  # others of a list, and the head, keep theirs
+        type(first).lr = lr
     start, made = time.process_time(), {"name": name, "lr": lr, "seed": seed} | ({"whole": True} if whole else {})
     with tempfile.TemporaryDirectory() as work:
         settings = TrainSettings(
