@@ -13,7 +13,7 @@ BERT = ["query", "key", "value", "attention.output.dense", "intermediate.dense",
 
 # measured without a twin, on every linear map of the blocks
 PLAIN = ["abba", "kadaptation", "soka", "moka_kron", "loretta_rep", "hydra", "msplora", "asymmetry_lora", "eigenlorax"]
-PLAIN += ["dylora", "surm", "urae", "pissa", "rslora", "loraplus", "lt_sft", "diff_pruning", "neuroada", "bi_lora"]
+PLAIN += ["dylora", "urae", "pissa", "rslora", "loraplus", "lt_sft", "diff_pruning", "neuroada", "bi_lora"]
 
 
 @dataclass(frozen=True)
@@ -76,4 +76,5 @@ def cases(model: str) -> dict[str, Case]:
         "glora": Case(gw.GLoRA(at=every), lambda: peft.GloraConfig(target_modules=linears), 1.35),
         "qlora": Case(gw.QLoRA(r=8, dropout=0.0, at=every), None, 1.35),
         "losia": Case(gw.LoSiA(at=every), None, 1.35),
+        "surm on q, o": Case(gw.SURM(at="q, o"), None, 1.35),  # square ones alone
     } | {name: Case(f"{name}(at={every!r})", None, 1.35) for name in PLAIN}
