@@ -25,12 +25,6 @@ from graftwork.core.errors import GraftError
 from graftwork.core.method import REGISTRY
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "backbones.md"
-MIXERS = {
-    "arrow",
-    "fusion",
-    "uniform",
-    "weighted",
-}  # they join adapters that are there: tests/conformance/test_mixing.py
 DRAWS = 30  # training passes after which what is drawn has been
 # one method of each kind: these are tried in every run, all of them by `make slow`
 KINDS = (
@@ -77,8 +71,10 @@ def methods() -> dict[str, tuple[gw.Method, ...]]:
     """All by name, each small: the options of its first row in the conformance table, or, of a preset, its own."""
     out = {}
     for name in gw.methods():
-        if name in MIXERS or not getattr(REGISTRY.get(name), "__module__", "graftwork").startswith("graftwork"):
+        if not getattr(REGISTRY.get(name), "__module__", "graftwork").startswith("graftwork"):
             continue  # the examples have methods, too
+        if getattr(REGISTRY.get(name), "mixes", False):
+            continue  # it joins adapters that are there: tests/conformance/test_mixing.py
         if name in REGISTRY:
             first = next(iter(SETTINGS.get(name, ())), None)
             options = dict(OPTIONS.get(name) or (first.options if first else {}))
@@ -132,10 +128,7 @@ def trained(model: nn.Module, adapter: gw.Adapter, inputs: dict[str, Any]) -> No
     own = dict(adapter.named_parameters())
     idle = set(own)
     for _ in range(DRAWS):
-        if "objective" in {need for m in adapter.methods for need in m.needs}:
-            gw.train_step(model, inputs, loss)
-        else:
-            (loss(model, inputs) + gw.auxiliary_loss(model)).backward()
+        (loss(model, inputs) + gw.auxiliary_loss(model)).backward()
         idle = {n for n in idle if own[n].grad is None or not own[n].grad.any()}
         if not idle:
             break

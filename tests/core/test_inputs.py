@@ -177,7 +177,7 @@ def test_second_derivatives_pass_through_an_input_that_is_made_again(name: str) 
         x = THROUGH[name](z, gate)
         shared = Input(x)
         assert shared.keep(x) is None
-        out = LowRankProduct.apply(x, w, None, down, up, 0.7, 0.0, shared)
+        out = LowRankProduct.apply(x, w, None, down, up, 0.7, 0.0, (), shared)
         return out + 0 * gate.sum()  # type: ignore[no-any-return]
 
     assert torch.autograd.gradcheck(product, inputs)

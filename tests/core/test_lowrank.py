@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import graftwork as gw
+from graftwork.products.dropout import drop, keep_mask
 from graftwork.products.inputs import Input
-from graftwork.products.lowrank import LowRankProduct, _pieces, dense_is_cheaper, keep_mask, low_rank
+from graftwork.products.lowrank import LowRankProduct, _pieces, dense_is_cheaper, low_rank
 
 SIZE = st.integers(1, 7)
 
@@ -32,7 +33,7 @@ def test_gradients_are_those_of_the_formula(n: int, d_in: int, d_out: int, r: in
     bias = b if biased else None
 
     def product(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        return LowRankProduct.apply(x, w, bias, down, up, 1.7, 0.0, Input(x))  # type: ignore[no-any-return]
+        return LowRankProduct.apply(x, w, bias, down, up, 1.7, 0.0, (), Input(x))  # type: ignore[no-any-return]
 
     def formula(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         return F.linear(x, w, bias) + 1.7 * x @ down.T @ up.T
@@ -49,14 +50,14 @@ def test_a_large_rank_is_one_dense_weight_where_that_is_cheaper(n: int, trains_d
     x, up = x.requires_grad_(), up.requires_grad_()
     down.requires_grad_(trains_down)
     assert dense_is_cheaper(x.dtype, n, 6, 5, 4) == (n == 40)
-    out = LowRankProduct.apply(x, w, b, down, up, 1.3, 0.0, Input(x))
+    out = LowRankProduct.apply(x, w, b, down, up, 1.3, 0.0, (), Input(x))
     expected = F.linear(x, w, b) + 1.3 * x @ down.T @ up.T
     torch.testing.assert_close(out, expected)
     wanted = [t for t in (x, down, up) if t.requires_grad]
     grad = torch.randn_like(out)
     for ours, theirs in zip(*(torch.autograd.grad(y, wanted, grad) for y in (out, expected)), strict=True):
         torch.testing.assert_close(ours, theirs)
-    product = lambda *given: LowRankProduct.apply(given[0], w, b, down, given[1], 1.3, 0.0, Input(given[0]))  # noqa: E731
+    product = lambda *given: LowRankProduct.apply(given[0], w, b, down, given[1], 1.3, 0.0, (), Input(given[0]))  # noqa: E731
     assert torch.autograd.gradgradcheck(product, (x, up))
 
 
@@ -67,26 +68,50 @@ def test_thin_updates_and_half_precision_never_make_a_weight() -> None:
     x, w, b, down, up = (t.bfloat16() for t in tensors(40, 6, 5, 4))
     saved_shapes: list[torch.Size] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved_shapes.append(t.shape) or t, lambda t: t):
-        LowRankProduct.apply(x.requires_grad_(), w, b, down, up.requires_grad_(), 1.0, 0.0, Input(x.requires_grad_()))
+        LowRankProduct.apply(
+            x.requires_grad_(), w, b, down, up.requires_grad_(), 1.0, 0.0, (), Input(x.requires_grad_())
+        )
     assert torch.Size([4, 40]) in saved_shapes  # the thin product
 
 
+@pytest.mark.parametrize("draws", [(), (2, 1)])
 @pytest.mark.parametrize(("dropout", "n", "d_in"), [(0.1, 6, 5), (0.5, 6, 5), (0.9, 6, 5), (0.5, 700, 500)])
-def test_dropout_has_one_mask_in_both_directions(dropout: float, n: int, d_in: int) -> None:
-    x, w, b, down, up = tensors(n, d_in, 4, 2)
+def test_dropout_has_the_same_masks_in_both_directions(
+    dropout: float, n: int, d_in: int, draws: tuple[int, ...]
+) -> None:
+    x, w, b, down, up = tensors(n, d_in, 4, 3)
     with torch.no_grad():
         assert (len(_pieces(x)) > 1) == (n == 700)
     x, down, up = (t.requires_grad_() for t in (x, down, up))
     torch.manual_seed(3)
-    keep, share = keep_mask(x, dropout)
-    assert 0 < keep.sum() < keep.numel()
-    expected = F.linear(x, w, b) + 0.7 * (x * keep / share) @ down.T @ up.T
+    thin = []
+    for rows in down.split(draws or (3,)):
+        keep, share = keep_mask(x, dropout)
+        assert 0 < keep.sum() < keep.numel()
+        thin.append((x * keep / share) @ rows.T)
+    expected = F.linear(x, w, b) + 0.7 * torch.cat(thin, -1) @ up.T
     torch.manual_seed(3)
-    out = LowRankProduct.apply(x, w, b, down, up, 0.7, dropout, Input(x))
+    out = LowRankProduct.apply(x, w, b, down, up, 0.7, dropout, draws, Input(x))
     torch.testing.assert_close(out, expected)
     grad = torch.randn_like(out)
     for ours, theirs in zip(*(torch.autograd.grad(y, (x, down, up), grad) for y in (out, expected)), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_dropout_outside_the_product_is_the_same_and_keeps_one_byte_a_number() -> None:
+    x = torch.randn(40, 30, requires_grad=True)
+    kept: list[Tensor] = []
+    torch.manual_seed(3)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = drop(x, 0.3)
+    torch.manual_seed(3)
+    keep, share = keep_mask(x, 0.3)
+    torch.testing.assert_close(out, x * keep / share)
+    (g,) = torch.autograd.grad(out.sum(), x)
+    torch.testing.assert_close(g, keep / share)
+    assert [t.dtype for t in kept if t.numel() > 1] == [torch.uint8]
+    assert drop(x, 0.3, training=False) is x
+    assert drop(x, 0.0) is x
 
 
 @pytest.mark.parametrize("dropout", [0.05, 0.1, 0.3])

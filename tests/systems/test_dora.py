@@ -10,6 +10,7 @@ from torch import nn
 from weight_models import around, counts, dense, gpt2, mixtral
 
 import graftwork as gw
+from graftwork.products.dropout import drop
 
 pytestmark = pytest.mark.system("dora")
 
@@ -142,7 +143,7 @@ def test_dora__dropout_reaches_what_the_gain_changes():
     torch.manual_seed(2)
     out = model(x)
     torch.manual_seed(2)
-    dropped = F.dropout(x, 0.5)
+    dropped = drop(x, 0.5)
     w, b = model.site.weight, model.site.bias
     v = w + delta.scale * delta.up @ delta.down
     g = delta.magnitude / v.norm(dim=1)

@@ -10,6 +10,7 @@ from torch import nn
 from weight_models import around, counts, gpt2, layer, mixtral
 
 import graftwork as gw
+from graftwork.products.dropout import drop
 
 pytestmark = pytest.mark.system("ether")
 
@@ -137,7 +138,7 @@ def test_ether__dropout_is_on_the_input():
     torch.manual_seed(2)
     out = model(x)
     torch.manual_seed(2)
-    close(out, F.linear(F.dropout(x, 0.5), delta.weight(model.site.weight), model.site.bias))
+    close(out, F.linear(drop(x, 0.5), delta.weight(model.site.weight), model.site.bias))
 
 
 def test_ether__counts():

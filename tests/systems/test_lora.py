@@ -12,7 +12,7 @@ from torch import nn
 from weight_models import Attention, around, counts, dense, gpt2, gpt3, mixtral, roberta_of
 
 import graftwork as gw
-from graftwork.products.lowrank import keep_mask
+from graftwork.products.dropout import keep_mask
 
 lora = pytest.mark.system("lora")
 site_types = pytest.mark.system("lora-site-types")

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from graftwork.core.adapter import Part
 from graftwork.core.delta import Delta, WeightDelta
-from graftwork.core.errors import GraftError
 from graftwork.core.fields import choice, inner, number, positive
 from graftwork.core.initial import Later, drawing_from
 from graftwork.core.method import Method, method
@@ -23,6 +22,7 @@ from graftwork.sites.anatomy import Anatomy
 
 from .copies import Copies, CopiesDelta, CopiesWeight, side_of
 from .inherit import Around
+from .substituted import template
 
 
 @method("adamix")
@@ -53,15 +53,9 @@ class AdaMix(Around):
         return ("begin", "again") if self.consistency else ("begin",)
 
     def build(self, site: Site, part: Part) -> Delta | None:
-        scratch = Part(self.of, part.sites, part.anatomy)
-        delta = self.of.build(site, scratch)
+        delta = template(self, self.of, site, part)
         if delta is None:
             return None
-        if len(scratch.shared_modules) or list(delta.buffers()):
-            found = f"{self.of.name} holds more than the parameters of each site"
-            raise GraftError(f"{self} at {site.key}", found, "draw copies of another method")
-        if isinstance(delta, WeightDelta):
-            delta.place(site.key, site.weight)
         made = CopiesWeight() if isinstance(delta, WeightDelta) else CopiesDelta()
         made.setup(delta, self.copies, self.share)
         return made

@@ -2,50 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from graftwork.core.attention import Attention
-from graftwork.core.delta import Delta, WeightDelta
+from graftwork.core.delta import Delta
 from graftwork.core.masks import Tokens
-from graftwork.core.plan import Host
-from graftwork.core.site import Site
-from graftwork.core.unreadable import CALLED, unreadable
 
 from .block_router import Share
-from .change import change
-
-
-class RoutedWeight(WeightDelta):
-    """y + w_e (W' - W) x.  delta: the expert."""
-
-    def __init__(self, delta: WeightDelta, share: Share, site: Site) -> None:
-        super().__init__()
-        self.delta, self.share = delta, share
-        self.place(site.key, site.weight)
-
-    def inner(self) -> list[WeightDelta]:
-        return [self.delta]
-
-    @property
-    def additive(self) -> bool:  # type: ignore[override]
-        return self.delta.additive
-
-    def names(self) -> tuple[str, ...]:
-        return self.delta.names()
-
-    def adapted(self, name: str, stored: Tensor | None) -> Tensor | None:
-        return unreadable(name, stored, self.key, "token", CALLED)
-
-    def linear(self, x: Tensor, base: Callable[[Tensor], Tensor], host: Host) -> Tensor:
-        return self.share.added(self.runtime, x, base(x), lambda x, y: change(self.delta, x, y, base, host))
-
-    def auxiliary_loss(self) -> Tensor | None:
-        return self.delta.auxiliary_loss()
-
-    def overrides(self, function: str) -> bool:
-        return function == "linear"
 
 
 class RoutedOutput(Delta):

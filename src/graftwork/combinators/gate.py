@@ -1,22 +1,16 @@
-"""A gate, and the weight delta that has one (see `gated`)."""
+"""The gate of `gated`: how much of a method an example gets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graftwork.core.delta import WeightDelta
 from graftwork.core.initial import normal, parameter, uniform, zeros
 from graftwork.core.passes import Runtime, token_mean
-from graftwork.core.plan import Host
-from graftwork.core.site import Site
-from graftwork.core.unreadable import CALLED, unreadable
-
-from .change import change
 
 if TYPE_CHECKING:
     from .gated import Gated
@@ -40,40 +34,6 @@ class Gate(nn.Module):
         )  # on more axes, other bits when weights are frozen
         return token_mean(torch.sigmoid(flat).reshape(*x.shape[:-1], 1), runtime, self.real)
 
-
-class GatedWeight(WeightDelta):
-    """y + g (W' - W) x.  delta: the one inside;  gate: of x."""
-
-    def __init__(self, delta: WeightDelta, gate: Gate, site: Site) -> None:
-        super().__init__()
-        self.delta, self.gate = delta, gate
-        self.place(site.key, site.weight)
-
-    def inner(self) -> list[WeightDelta]:
-        return [self.delta]
-
-    @property
-    def additive(self) -> bool:  # type: ignore[override]
-        return self.delta.additive
-
-    def names(self) -> tuple[str, ...]:
-        return self.delta.names()
-
-    def adapted(self, name: str, stored: Tensor | None) -> Tensor | None:
-        return unreadable(name, stored, self.key, "example", CALLED)
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take stored tensors; the delta inside takes its own, in whatever form they are."""
-        self.delta.restore({name[6:]: t for name, t in tensors.items() if name.startswith("delta.")})
-        taken = {f"delta.{name}": t for name, t in self.delta.state_dict().items()}
-        super().restore({name: t for name, t in tensors.items() if not name.startswith("delta.")} | taken)
-
-    def linear(self, x: Tensor, base: Callable[[Tensor], Tensor], host: Host) -> Tensor:
-        y, g = base(x), self.gate(x, self.runtime)
-        return y + g * change(self.delta, x, y, base, host)
-
-    def auxiliary_loss(self) -> Tensor | None:
-        return self.delta.auxiliary_loss()
-
-    def overrides(self, function: str) -> bool:
-        return function == "linear"
+    def added(self, runtime: Runtime, x: Tensor, y: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """y + g change(x, y)."""
+        return y + self(x, runtime) * change(x, y)

@@ -18,7 +18,8 @@ from graftwork.core.fields import choice, inner, number
 from graftwork.core.method import Method, flatten, get, method, preset
 from graftwork.core.site import Site
 
-from .gate import Gate, GatedWeight
+from .change import Weighed
+from .gate import Gate
 from .inherit import Around
 
 
@@ -57,7 +58,7 @@ class Gated(Around):
             if not (site.weight.linear and delta.overrides("linear")):
                 do = "choose linear layers"
                 raise GraftError(f"{self} at {site.key}", "a weight that is not applied token by token", do)
-            return GatedWeight(delta, gate, site)
+            return Weighed(delta, gate, site, "example")
         if not hasattr(delta, "gate"):
             do = "gate a bottleneck, a prefix or a method of weights"
             raise GraftError(f"{self} at {site.key}", f"{self.of.name} has no place for a gate", do)
@@ -71,11 +72,11 @@ class Gated(Around):
         """The stored form of the method inside, and the gates."""
         within = Part(self.of, part.sites, part.anatomy)
         within.shared_modules = part.shared_modules
-        within.deltas = {key: d.delta if isinstance(d, GatedWeight) else d for key, d in part.deltas.items()}
+        within.deltas = {key: d.delta if isinstance(d, Weighed) else d for key, d in part.deltas.items()}
         folded, tensors, shared = self.of.fold(within)
         out: dict[str, dict[str, Tensor]] = {}
         for key, delta in part.deltas.items():
-            above = "delta." if isinstance(delta, GatedWeight) else ""
+            above = "delta." if isinstance(delta, Weighed) else ""
             own = {f"gate.{name}": t for name, t in delta.get_submodule("gate").state_dict().items()}
             out[key] = {f"{above}{name}": t for name, t in tensors.get(key, {}).items()} | own
         return dataclasses.replace(self, of=folded), out, shared

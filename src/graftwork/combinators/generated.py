@@ -18,6 +18,7 @@ from graftwork.core.site import Site
 
 from .hypernetwork import Controller, GeneratedDelta, GeneratedWeight, Tasks
 from .inherit import Around
+from .substituted import template
 
 
 @method("generated")
@@ -55,23 +56,17 @@ class Generated(Around):
             raise GraftError(f"Generated(tasks={self.tasks!r})", "no task, or one twice", "name each task once")
 
     def build(self, site: Site, part: Part) -> Delta | None:
-        scratch = Part(self.of, part.sites, part.anatomy)
-        template = self.of.build(site, scratch)
-        if template is None:
+        inside = template(self, self.of, site, part)
+        if inside is None:
             return None
-        if len(scratch.shared_modules) or list(template.buffers()):
-            found = f"{self.of.name} holds more than the parameters of each site"
-            raise GraftError(f"{self} at {site.key}", found, "generate another method")
-        if isinstance(template, WeightDelta):
-            template.place(site.key, site.weight)
         like = site.like
         tasks = part.shared("tasks", lambda: Tasks(self, like))
         layers, places = places_of([s for s in part.sites if s.tower == site.tower])
         tower = part.shared(f"tower {site.tower}", lambda: Controller(self, len(layers), len(places), like))
         position = places.index(site.role)
-        kind = tower.add("" if self.positions else site.role, template, like)
-        made = GeneratedWeight() if isinstance(template, WeightDelta) else GeneratedDelta()
-        made.setup(self.tasks, template, tasks, tower, kind, (layers.index(site.layer), position))
+        kind = tower.add("" if self.positions else site.role, inside, like)
+        made = GeneratedWeight() if isinstance(inside, WeightDelta) else GeneratedDelta()
+        made.setup(self.tasks, inside, tasks, tower, kind, (layers.index(site.layer), position))
         return made
 
     def count(self, site: Site) -> int:

@@ -19,7 +19,8 @@ from graftwork.core.site import Site
 from graftwork.sites.where import covers
 
 from .block_router import BlockRouter, Share
-from .experts import RoutedAttention, RoutedOutput, RoutedWeight
+from .change import Weighed
+from .experts import RoutedAttention, RoutedOutput
 
 LORAS = " + ".join(f"lora(r=8, alpha=8.0, at={role!r})" for role in ("q", "k", "v", "o", "gate", "up", "down"))
 PROMPT = "llama_adapter(length=10, squash='none', at='self.attn')"
@@ -101,7 +102,7 @@ class MoA(Method):
             raise GraftError(
                 f"{self} at {site.key}", "a weight that is not applied token by token", "choose linear layers"
             )
-        return RoutedWeight(delta, share, site)
+        return Weighed(delta, share, site, "token")
 
     def expert_at(self, site: Site) -> int | None:
         """The number of the expert that a site belongs to. GraftError where there are several."""

@@ -14,6 +14,7 @@ from graftwork.core.plan import Host
 from graftwork.core.site import Site
 from graftwork.core.swap import functional
 from graftwork.core.unreadable import CALLED, unreadable
+from graftwork.products.dropout import drop
 
 from .router import Router, are_vectors, merged, reads_input
 
@@ -65,7 +66,7 @@ class MixedWeight(WeightDelta):
     def thin(self, x: Tensor, y: Tensor, p: Tensor, factors: list[tuple[Tensor, Tensor]]) -> Tensor:
         """y + sum_e p_e B_e A_e x: [.., experts r] between two products."""
         dropout = getattr(self.experts[0], "dropout", 0.0)
-        x = F.dropout(x, dropout, self.training) if dropout else x
+        x = drop(x, dropout, self.training)
         down, up = torch.cat([a for a, _ in factors]), torch.cat([b for _, b in factors], dim=1)
         gate = p.repeat_interleave(factors[0][0].shape[0], dim=-1)
         return y + F.linear(F.linear(x, down) * gate, up)

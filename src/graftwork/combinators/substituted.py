@@ -8,10 +8,28 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from graftwork.core.adapter import Part
 from graftwork.core.attention import Attention
 from graftwork.core.delta import Delta, WeightDelta
+from graftwork.core.errors import GraftError
+from graftwork.core.method import Method
 from graftwork.core.plan import Host
+from graftwork.core.site import Site
 from graftwork.core.swap import functional
+
+
+def template(asked: Method, of: Method, site: Site, part: Part) -> Delta | None:
+    """The delta of the method inside, whose parameters alone will be replaced. GraftError where it holds more than these."""
+    scratch = Part(of, part.sites, part.anatomy)
+    delta = of.build(site, scratch)
+    if delta is None:
+        return None
+    if len(scratch.shared_modules) or list(delta.buffers()):
+        found = f"{of.name} holds more than the parameters of each site"
+        raise GraftError(f"{asked} at {site.key}", found, "put another method inside")
+    if isinstance(delta, WeightDelta):
+        delta.place(site.key, site.weight)
+    return delta
 
 
 class Substituted:

@@ -25,7 +25,7 @@ class Input:
     def __init__(self, x: Tensor) -> None:
         self._version = version(x)
         self._make = recipe(x)
-        self._masks: dict[float, tuple[Tensor, float]] = {}
+        self._masks: dict[float, list[tuple[Tensor, float]]] = {}
         self._readers: list[Any] = []
         self._waiting = 0
         self._values: dict[Any, Tensor] = {}
@@ -69,11 +69,11 @@ class Input:
         """Free what was computed for more readers than came, or for all that did."""
         self._values.clear()
 
-    def mask(self, dropout: float, draw: Callable[[], tuple[Tensor, float]]) -> tuple[Tensor, float]:
-        """What dropout keeps of x, and the probability of it."""
-        if dropout not in self._masks:
-            self._masks[dropout] = draw()
-        return self._masks[dropout]
+    def masks(self, dropout: float, count: int, draw: Callable[[], tuple[Tensor, float]]) -> list[tuple[Tensor, float]]:
+        """What each of several draws of the dropout keeps of x, and the probability of it: the same ones for all readers."""
+        drawn = self._masks.setdefault(dropout, [])
+        drawn += [draw() for _ in range(count - len(drawn))]
+        return drawn[:count]
 
 
 class _Last(threading.local):

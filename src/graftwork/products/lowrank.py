@@ -3,7 +3,7 @@
 A thin product is bound by memory: what matters is how often an activation is read, and in which layout the product is
 asked for. All [*, r] matrices are therefore held as [r, N] (several times faster on a CPU than [N, r]), results are
 added in place into the large product, and no gradient is formed for the frozen weight. Kept for the backward pass: x once
-for all sites that read it, or nothing where it can be made again (replay.py), and with dropout one byte a number.
+for all sites that read it, or nothing where it can be made again (replay.py), and with dropout one byte a number and draw.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dropout import drop, keep_mask, traced
 from .inputs import Input, input_of
 
 if TYPE_CHECKING:
@@ -31,11 +31,15 @@ def low_rank(
     up: Tensor,
     scale: float,
     dropout: float = 0.0,
+    draws: tuple[int, ...] = (),
 ) -> Tensor:
-    """base(x) + scale drop(x) down^T up^T.  x [..., in], down [r, in], up [out, r]; dropout: zero in evaluation."""
+    """base(x) + scale drop(x) down^T up^T.  x [..., in], down [r, in], up [out, r]; dropout: zero in evaluation.
+
+    draws: how many rows of `down` see one draw of the dropout, and how many the next; one draw for all by default.
+    """
     if traced() or not host.frozen_product:
-        seen = F.dropout(x, dropout) if dropout else x
-        return torch.add(base(x), F.linear(F.linear(seen, down), up), alpha=scale)
+        thin = [F.linear(drop(x, dropout), a) for a in down.split(draws or (down.shape[0],))]
+        return torch.add(base(x), F.linear(torch.cat(thin, -1), up), alpha=scale)
     weight, bias = host.weight, host.bias
     device = x.device.type
     if torch.is_autocast_enabled(device):  # what F.linear would do with each of them
@@ -43,8 +47,8 @@ def low_rank(
         bias = None if bias is None else bias.to(dtype)
         x, weight, down, up = x.to(dtype), weight.to(dtype), down.to(dtype), up.to(dtype)
         with torch.autocast(device, enabled=False):
-            return _product(x, weight, bias, down, up, scale, dropout, host)
-    return _product(x, weight, bias, down, up, scale, dropout, host)
+            return _product(x, weight, bias, down, up, scale, dropout, draws, host)
+    return _product(x, weight, bias, down, up, scale, dropout, draws, host)
 
 
 def whole_update(x: Tensor, base: Callable[[Tensor], Tensor], host: Host, update: Tensor) -> Tensor:
@@ -55,42 +59,25 @@ def whole_update(x: Tensor, base: Callable[[Tensor], Tensor], host: Host, update
 
 
 def _product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, dropout: float, host: Host
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    scale: float,
+    dropout: float,
+    draws: tuple[int, ...],
+    host: Host,
 ) -> Tensor:
     if dropout or torch.is_grad_enabled():
         shared = input_of(x, host)
-        return LowRankProduct.apply(x, weight, bias, down, up, scale, dropout, shared)  # type: ignore[no-any-return]
+        return LowRankProduct.apply(x, weight, bias, down, up, scale, dropout, draws, shared)  # type: ignore[no-any-return]
     flat = x.reshape(-1, x.shape[-1])
     if whole(x.dtype, flat.shape[0], weight.shape[1]):  # as in a training pass
         return F.linear(x, torch.addmm(weight, up, down, alpha=scale), bias)
     y = F.linear(x, weight, bias)
     y.view(-1, y.shape[-1]).addmm_((down @ flat.t()).t(), up.t(), alpha=scale)
     return y
-
-
-def traced() -> bool:
-    """Whether the pass is compiled, or transformed by torch.func: then the plain formula is what they work best on."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
-def keep_mask(like: Tensor, dropout: float) -> tuple[Tensor, float]:
-    """What dropout keeps (1 with probability 1 - dropout, else 0), shaped as `like`, and the exact probability of it.
-
-    On a CPU a number costs 16 random bits, not a 53-bit uniform: ten times faster, and the probability is a multiple of
-    1 / 65,536, which the returned value accounts for.
-    """
-    if like.device.type != "cpu":
-        return torch.empty(like.shape, dtype=torch.bool, device=like.device).bernoulli_(1 - dropout), 1 - dropout
-    n = like.numel()
-    seed = int(torch.empty((), dtype=torch.int64).random_())
-    raw = np.random.SFC64(seed).random_raw((n + 3) // 4)  # twice as fast as torch's own generator
-    words = torch.from_numpy(raw).view(torch.int16)[:n]
-    dropped = min(max(round(dropout * 65536), 1), 65535)
-    least = dropped - 32768  # of the words that keep
-    keep = (
-        words.clamp_(least - 1, least).sub_(least - 1).to(torch.uint8)
-    )  # comparisons and bool are several times slower
-    return keep.view(like.shape), 1 - dropped / 65536
 
 
 def whole(dtype: torch.dtype, positions: int, width: int) -> bool:
@@ -127,31 +114,33 @@ class LowRankProduct(torch.autograd.Function):
         up: Tensor,
         scale: float,
         dropout: float,
+        draws: tuple[int, ...],
         shared: Input,
     ) -> Tensor:
         flat, (d_out, d_in) = x.reshape(-1, x.shape[-1]), weight.shape
         n, r = flat.shape[0], down.shape[0]
+        draws = draws or (r,)
         ctx.kept = not dropout and dense_is_cheaper(x.dtype, n, d_in, d_out, r)
         ctx.whole = not dropout and whole(x.dtype, n, d_out)  # of the gradient of x
-        keep = thin = None
+        thin, keeps = None, []
         if ctx.kept or (not dropout and whole(x.dtype, n, d_in)):
             dense = torch.addmm(weight, up, down, alpha=scale)
             y = F.linear(flat, dense, bias)
             weight = dense if ctx.kept else weight
         else:
             if dropout:
-                keep, share = shared.mask(dropout, lambda: keep_mask(flat, dropout))
-                scale = scale / share
+                drawn = shared.masks(dropout, len(draws), lambda: keep_mask(flat, dropout))
+                keeps, scale = [keep for keep, _ in drawn], scale / drawn[0][1]
             y = F.linear(flat, weight, bias)
-            thin = _thin(down, flat, keep)  # [r, N]
+            thin = _thin(down, flat, keeps, draws)  # [r, N]
             y.addmm_(thin.t(), up.t(), alpha=scale)
-        ctx.save_for_backward(shared.keep(x), weight, down, up, thin, keep)
-        ctx.scale, ctx.shared, ctx.shape = scale, shared, x.shape
+        ctx.save_for_backward(shared.keep(x), weight, down, up, thin, *keeps)
+        ctx.scale, ctx.shared, ctx.shape, ctx.draws = scale, shared, x.shape, draws
         return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], d_out))  # not a view: others may add to it in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        kept, weight, down, up, thin, keep = ctx.saved_tensors
+        kept, weight, down, up, thin, *keeps = ctx.saved_tensors
         shared, g = ctx.shared, grad.reshape(-1, grad.shape[-1])
         g_x = g_down = g_up = None
         g_thin: Any = None
@@ -162,9 +151,10 @@ class LowRankProduct(torch.autograd.Function):
             g_thin = (ctx.scale * up.t()) @ g.t()  # [r, N]
         if ctx.needs_input_grad[0]:
             g_x = g @ (torch.addmm(weight, up, down, alpha=ctx.scale) if ctx.whole and not ctx.kept else weight)
-            if keep is not None:
-                for rows in _pieces(g_x):
-                    g_x[rows].addcmul_(g_thin[:, rows].t().contiguous() @ down, keep[rows])
+            if keeps:
+                for g_part, part, keep in zip(g_thin.split(ctx.draws), down.split(ctx.draws), keeps, strict=True):
+                    for p in _pieces(g_x):
+                        g_x[p].addcmul_(g_part[:, p].t().contiguous() @ part, keep[p])
             elif thinly:
                 g_x = g_x.addmm_(g_thin.t().contiguous(), down)
             g_x = g_x.view(ctx.shape)
@@ -172,22 +162,25 @@ class LowRankProduct(torch.autograd.Function):
         if ctx.needs_input_grad[3] or (ctx.needs_input_grad[4] and again):
             flat = shared.again(kept).reshape(-1, down.shape[1])
         if ctx.needs_input_grad[3]:
-            g_down = g_thin @ flat if keep is None else _sum(g_thin[:, p] @ (flat[p] * keep[p]) for p in _pieces(flat))
+            parts = zip(g_thin.split(ctx.draws), keeps, strict=False)
+            drawn = [_sum(g_part[:, p] @ (flat[p] * keep[p]) for p in _pieces(flat)) for g_part, keep in parts]
+            g_down = torch.cat(drawn) if drawn else g_thin @ flat
         if ctx.needs_input_grad[4]:
             if again:
                 same = (down.data_ptr(), down.shape, down._version)  # VeRA: one frozen A for q, k and v
-                common = keep is None and not ctx.needs_input_grad[3]
-                thin = shared.once(same, lambda: down @ flat.t()) if common else _thin(down, flat, keep)
+                common = not keeps and not ctx.needs_input_grad[3]
+                thin = shared.once(same, lambda: down @ flat.t()) if common else _thin(down, flat, keeps, ctx.draws)
             g_up = (ctx.scale * (thin @ g)).t()
         shared.done()
-        return g_x, None, None, g_down, g_up, None, None, None
+        return g_x, None, None, g_down, g_up, None, None, None, None
 
 
-def _thin(down: Tensor, flat: Tensor, keep: Tensor | None) -> Tensor:
-    """A drop(x)^T [r, N]."""
-    if keep is None:
+def _thin(down: Tensor, flat: Tensor, keeps: list[Tensor], draws: tuple[int, ...]) -> Tensor:
+    """A drop(x)^T [r, N], of the rows of A in turn as many as `draws` says with each mask."""
+    if not keeps:
         return down @ flat.t()
-    return torch.cat([down @ (flat[p] * keep[p]).t() for p in _pieces(flat)], dim=1)
+    parts = zip(down.split(draws), keeps, strict=True)
+    return torch.cat([torch.cat([a @ (flat[p] * keep[p]).t() for p in _pieces(flat)], dim=1) for a, keep in parts])
 
 
 def _pieces(flat: Tensor) -> list[slice]:

@@ -20,6 +20,7 @@ from graftwork.core.fields import choice, fraction, number, positive, where
 from graftwork.core.initial import kaiming_uniform, parameter, zeros
 from graftwork.core.method import Method, method
 from graftwork.core.site import Site
+from graftwork.products.dropout import drop
 
 from .forms.nonlinear import ACTIVATIONS
 
@@ -79,11 +80,11 @@ class WithinExperts(Delta):
         # some routers send a token to the expert number E, which is none
         gate = p.new_zeros(len(p), experts + 1).scatter_add(-1, chosen, p)[:, :experts].to(h.dtype)
         m, rate = self.method, self.method.dropout if self.training else 0.0
-        h = F.dropout(h.reshape(-1, d), rate if m.act == "none" else 0.0)
+        h = drop(h.reshape(-1, d), rate if m.act == "none" else 0.0)
         inner = ACTIVATIONS[m.act](
             F.linear(h, self.down.flatten(0, 1))
         )  # [tokens, E r]: thin, and most of it is multiplied by 0
-        inner = F.dropout(inner, 0.0 if m.act == "none" else rate) * gate.repeat_interleave(r, -1)
+        inner = drop(inner, 0.0 if m.act == "none" else rate) * gate.repeat_interleave(r, -1)
         return y + m.scale * (inner @ self.up.flatten(0, 1)).view(y.shape)
 
     def routing(self, h: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,6 +20,7 @@ from graftwork.core.initial import normal, parameter, zeros
 from graftwork.core.method import Method, method
 from graftwork.core.mixer import Members, Mixer
 from graftwork.core.site import Site
+from graftwork.products.dropout import drop
 
 
 @method("fusion")
@@ -83,7 +84,7 @@ class FusionMixer(Mixer):
         # q . (K u + b) = (q K) . u + q . b: the keys [..., n, d] are never made
         q = F.linear(h, self.query, self.query_bias)
         scores = torch.einsum("...d,...nd->...n", q @ self.key_weight, u) + (q @ self.key_bias)[..., None]
-        s = torch.softmax(F.dropout(scores, m.dropout, self.training), -1)
+        s = torch.softmax(drop(scores, m.dropout, self.training), -1)
         o = torch.einsum("...n,...nd->...d", self.noted(s, members), u)
         o = o if self.value is None else F.linear(o, self.value)
         return o if m.residual else y + o

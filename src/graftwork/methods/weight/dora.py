@@ -20,6 +20,7 @@ from graftwork.core.initial import kaiming_uniform, normal, values, zeros
 from graftwork.core.method import Method, method
 from graftwork.core.plan import Host
 from graftwork.core.site import Site
+from graftwork.products.dropout import drop
 from graftwork.products.lowrank import low_rank
 
 SMALLEST = 1e-12  # squared norm below which a row has no direction: a row of zeros keeps a finite gain
@@ -105,7 +106,7 @@ class Decomposed(WeightDelta):
         w = host.weight
         g = self.gain(w)
         if self.dropout and self.training:
-            y, x = base(x), F.dropout(x, self.dropout)
+            y, x = base(x), drop(x, self.dropout)
             out = torch.addcmul(y, F.linear(x, w), (g - 1).to(y.dtype))
             return out.addcmul_(F.linear(F.linear(x, self.down), self.up), (self.scale * g).to(y.dtype))
         v = low_rank(x, base, host, self.down, self.up, self.scale)  # x V^T + b

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftwork.core.adapter import Part
@@ -20,6 +19,7 @@ from graftwork.core.initial import parameter, uniform, xavier_uniform, zeros
 from graftwork.core.method import Method, method
 from graftwork.core.plan import Host
 from graftwork.core.site import Site
+from graftwork.products.dropout import drop
 
 
 @method("kadaptation")
@@ -131,7 +131,7 @@ class Shared(WeightDelta):
 
     def update(self) -> Tensor:
         down, up = self.pair()
-        return F.dropout(up @ down, self.entries, self.dropping)
+        return drop(up @ down, self.entries, self.dropping)
 
     def bias(self, b: Tensor | None) -> Tensor | None:
         return self.shift if b is None else b if self.shift is None else b + self.shift

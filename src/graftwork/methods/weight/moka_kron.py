@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +112,7 @@ class Mixed(WeightDelta):
         self.gate = w.vector(method.r, ones) if gated else None
 
     def terms(self) -> list[tuple[Tensor, Tensor]]:
-        """(A_i, g_i B_i) with an axis of length 1 before the matrices."""
+        """(A_i [*batch, k, a, b], g_i B_i [*batch, k, out / a, in / b]) of the k terms of each shape."""
         right = list(self.right)
         like = right[0]
         left = list(self.left) or [torch.eye(a, dtype=like.dtype, device=like.device) for a, _ in self.shapes]
@@ -119,14 +120,17 @@ class Mixed(WeightDelta):
             scaled = [b / len(right) for b in right]
         else:
             scaled = [g[..., None, None] * b for g, b in zip(self.gate.softmax(-1).unbind(-1), right, strict=True)]
+        alike = {shape: [i for i, other in enumerate(self.shapes) if other == shape] for shape in self.shapes}
         return [
-            (a.expand(*b.shape[:-2], *a.shape[-2:]).unsqueeze(-3), b.unsqueeze(-3))
-            for a, b in zip(left, scaled, strict=True)
+            (
+                torch.stack([left[i].expand(*like.shape[:-2], *shape) for i in of], -3),
+                torch.stack([scaled[i] for i in of], -3),
+            )
+            for shape, of in alike.items()
         ]
 
     def update(self) -> Tensor:
-        first, *rest = (kronecker_sum(a, b) for a, b in self.terms())
-        return sum(rest, first)
+        return reduce(Tensor.add_, (kronecker_sum(a, b) for a, b in self.terms()))
 
     def linear(self, x: Tensor, base: Callable[[Tensor], Tensor], host: Host) -> Tensor:
         if not is_thin(self.work(), self.view.shape):

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftwork.core.adapter import Part
@@ -125,11 +124,5 @@ class Pyramid(WeightDelta):
         return torch.cat([pair.down for _, pair in pairs], dim=-2), up
 
     def linear(self, x: Tensor, base: Callable[[Tensor], Tensor], host: Host) -> Tensor:
-        if not (self.dropout and self.training):
-            return low_rank(x, base, host, *self.factors(), 1.0)
-        (scale, first), *others = self.pairs()
-        y = low_rank(x, base, host, first.down, first.up, scale, self.dropout)
-        for s, pair in others:
-            thin = F.linear(F.dropout(x, self.dropout), pair.down)
-            y = torch.add(y, F.linear(thin, pair.up).to(y.dtype), alpha=s)
-        return y
+        dropout, ranks = self.dropout if self.training else 0.0, tuple(pair.down.shape[-2] for _, pair in self.pairs())
+        return low_rank(x, base, host, *self.factors(), 1.0, dropout, draws=ranks)

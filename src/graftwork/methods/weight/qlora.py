@@ -20,7 +20,7 @@ from graftwork.core.initial import kaiming_uniform, normal, zeros
 from graftwork.core.method import Method, method
 from graftwork.core.plan import Host
 from graftwork.core.site import Site
-from graftwork.products.lowrank import traced
+from graftwork.products.dropout import drop, traced
 
 from .forms.nf4 import NF4
 
@@ -93,7 +93,7 @@ class Quantised(WeightDelta):
             y = torch.add(base(x), F.linear(x, (self.frozen.dequantised() - w).to(x.dtype)))
         else:
             y = FrozenProduct.apply(x, host.bias, self.frozen)
-        seen = F.dropout(x, self.dropout) if self.dropout and self.training else x
+        seen = drop(x, self.dropout, self.training)
         return torch.add(y, F.linear(F.linear(seen, self.down), self.up), alpha=self.scale)
 
     def errors(self, w: Tensor) -> tuple[float, float]:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from graftwork.core.adapter import Part
@@ -20,6 +19,7 @@ from graftwork.core.fields import choice, fraction, number, positive, where
 from graftwork.core.method import Method, method
 from graftwork.core.plan import Host
 from graftwork.core.site import Site
+from graftwork.products.dropout import drop
 
 from .forms.structured import KINDS, Structured, check, count
 
@@ -77,7 +77,7 @@ class StructuredUpdate(WeightDelta):
 
     def linear(self, x: Tensor, base: Callable[[Tensor], Tensor], host: Host) -> Tensor:
         y = base(x)
-        seen = F.dropout(x, self.dropout) if self.dropout and self.training else x
+        seen = drop(x, self.dropout, self.training)
         return torch.add(y, self.structure(seen).to(y.dtype), alpha=self.scale)
 
     def work(self) -> int:

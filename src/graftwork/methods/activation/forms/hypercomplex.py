@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftwork.core.initial import normal, parameter, xavier_uniform, zeros
 from graftwork.core.site import Site
+from graftwork.products.dropout import drop
 
 from .nonlinear import ACTIVATIONS
 from .residual import Branch
@@ -72,4 +72,4 @@ class Hypercomplex(Branch):
 
     def branch(self, h: Tensor) -> Tensor:
         h = ACTIVATIONS[self.act](self.down(h))
-        return self.up(F.dropout(h, self.dropout, self.training) if self.dropout else h)
+        return self.up(drop(h, self.dropout, self.training))

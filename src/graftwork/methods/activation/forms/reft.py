@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftwork.core.delta import Delta
 from graftwork.core.errors import GraftError
 from graftwork.core.passes import positions
 from graftwork.core.site import Site
+from graftwork.products.dropout import drop
 
 from .subspace import Edit
 
@@ -97,4 +97,4 @@ class Reft(Delta):
         """What is added to h, under dropout."""
         if not (self.dropout and self.training):
             return term
-        return F.dropout(h + term, self.dropout) - h if self.drop_state else F.dropout(term, self.dropout)
+        return drop(h + term, self.dropout) - h if self.drop_state else drop(term, self.dropout)

@@ -13,6 +13,7 @@ from graftwork.core.delta import Delta
 from graftwork.core.errors import GraftError
 from graftwork.core.initial import ones, parameter, uniform, zeros
 from graftwork.core.site import Site
+from graftwork.products.dropout import drop
 
 from .nonlinear import ACTIVATIONS, starts
 
@@ -107,7 +108,7 @@ class Residual(Branch):
         if m.norm == "before":
             h = F.layer_norm(h, h.shape[-1:], self.norm_weight, self.norm_bias)
         h = ACTIVATIONS[m.act](F.linear(h, self.down, self.down_bias))
-        h = F.linear(F.dropout(h, m.dropout, self.training) if m.dropout else h, self.up, self.up_bias)
+        h = F.linear(drop(h, m.dropout, self.training), self.up, self.up_bias)
         if m.norm == "after":
             h = F.layer_norm(h, h.shape[-1:], self.norm_weight, self.norm_bias)
         h = h.reshape(*shape[:-1], -1)
@@ -115,4 +116,4 @@ class Residual(Branch):
             keep = torch.rand(h.shape[0], *[1] * (h.dim() - 1), device=h.device) >= m.drop_path
             h = h * keep.to(h.dtype) / (1 - m.drop_path)
         h = h if isinstance(self.scale, float) and self.scale == 1 else h * self.scale
-        return F.dropout(h, m.out_dropout, self.training) if m.out_dropout else h
+        return drop(h, m.out_dropout, self.training)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graftwork.core.attention import Attention
 from graftwork.core.delta import Delta
+from graftwork.products.dropout import drop
 
 
 class Front(Delta):
@@ -41,4 +41,4 @@ class Front(Delta):
         if p.shape[1] != heads:  # this module repeats grouped heads before its attention call
             p = p.repeat_interleave(heads // p.shape[1], 1)
         p = p.expand(batch, -1, -1, -1)
-        return F.dropout(p, self.dropout, self.training)  # a mask of its own for every row
+        return drop(p, self.dropout, self.training)  # a mask of its own for every row

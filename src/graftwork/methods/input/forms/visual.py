@@ -18,6 +18,7 @@ from graftwork.core.errors import GraftError
 from graftwork.core.initial import normal, parameter, uniform
 from graftwork.core.plan import first_output, first_tensor, replace_first, replace_output
 from graftwork.core.site import Site
+from graftwork.products.dropout import drop
 
 FAN = 3 * 16 * 16  # numbers in a patch, where nothing embeds patches
 
@@ -107,7 +108,7 @@ class VisualPrompt(Delta):
         p = tokens() if projection is None else projection(tokens())
         if not (self.dropout and self.training):
             return p[None]  # type: ignore[no-any-return]
-        return F.dropout(p.expand(batch, -1, -1), self.dropout, True)
+        return drop(p.expand(batch, -1, -1), self.dropout)
 
     def around(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         x = first_tensor(args, kwargs)

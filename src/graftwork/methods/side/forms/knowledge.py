@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from graftwork.core.errors import GraftError
 from graftwork.core.initial import made, normal, ones, parameter, zeros
 from graftwork.core.site import Site
+from graftwork.products.dropout import drop
 
 from .trail import End, Line, Seen, Step, visible
 
@@ -35,8 +36,8 @@ class Layer(nn.Module):
         """x [batch, seq, d];  mask: True where a query may look, [batch or 1, 1, seq or 1, seq]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         seen = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
-        x = self.normed(0, x + F.dropout(self.out(seen), self.dropout, self.training))
-        return self.normed(1, x + F.dropout(self.down(F.gelu(self.up(x))), self.dropout, self.training))
+        x = self.normed(0, x + drop(self.out(seen), self.dropout, self.training))
+        return self.normed(1, x + drop(self.down(F.gelu(self.up(x))), self.dropout, self.training))
 
     def normed(self, i: int, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], self.gains[i], self.shifts[i], 1e-5)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from graftwork.core.initial import ones, parameter, zeros
 from graftwork.core.plan import first_output
 from graftwork.core.site import Site
+from graftwork.products.dropout import drop
 
 from .inputs import CARRIED, Memory, Rotation, room_in
 from .thin import initialise, thin_block
@@ -92,7 +93,7 @@ class Top(End):
         for seen in records:
             rung = seen.step
             if rung.first is not None:
-                s = rung.first(F.dropout(seen.x, self.method.dropout, self.training))
+                s = rung.first(drop(seen.x, self.method.dropout, self.training))
             s = rung.climb(s, seen.h, seen.name, seen.given, carried)
         return s
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from graftwork.core.delta import WeightDelta
 from graftwork.core.errors import GraftError
 from graftwork.core.plan import Host
 from graftwork.core.weight import Weight
+from graftwork.products.dropout import drop
 from graftwork.products.lowrank import low_rank
 
 Pair = tuple[Tensor, Tensor]
@@ -60,8 +60,7 @@ class Multiplied(WeightDelta):
         return w + up @ down
 
     def linear(self, x: Tensor, base: Callable[[Tensor], Tensor], host: Host) -> Tensor:
-        if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
+        x = drop(x, self.dropout, self.training)
         down, up = self.difference(host.weight)
         return low_rank(x, base, host, down, up, 1.0)
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graftwork.core.plan import Host
-from graftwork.products.lowrank import traced, whole_update
+from graftwork.products.dropout import traced
+from graftwork.products.lowrank import whole_update
 
 
 class Places(Protocol):
