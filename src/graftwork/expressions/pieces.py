@@ -16,13 +16,14 @@ from ..core.adapter import Adapter, Part
 from ..core.delta import Delta, WeightDelta
 from ..core.errors import GraftError
 from ..core.method import Method
-from ..core.mixer import Fixed, Mixer, Ranges
+from ..core.mixer import Mixer
 from ..core.plan import read_path, whole
 from ..core.site import Site
 from ..core.weight import NO_WEIGHT
 from ..sites.where import in_layers
 from .algebra import A, Drop, Expr, Stack, linear
 from .mixed import MixedAttend, MixedEdit, MixedOutput, MixedWeight
+from .mixers import Fixed, Ranges
 from .mixing import Fuse, Route, Split, made_for, number, router
 from .places import Move, Place, by_place, deltas_of, placed, places_at, slice_of, sliced
 from .sums import AttendSum, EditSum, EnterSum, LowRankSum, OutputSum, Term, WeightSum

@@ -11,8 +11,9 @@ from torch import nn
 from ..core.adapter import Adapter
 from ..core.errors import GraftError
 from ..core.grafted import Graft, armed
-from ..core.passes import Clock, Runtime
+from ..core.passes import Runtime
 from ..sites.body import Body
+from .clock import Clock
 
 
 class Root(Graft):
