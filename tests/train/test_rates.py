@@ -30,6 +30,7 @@ def test_wide_backbones_are_trained_at_smaller_rates(width: int, lr: float) -> N
 
 def test_what_is_trained_whole_has_the_rate_of_full_tuning_and_its_head_that_of_heads() -> None:
     assert gw.Full(at="linear").lr == pytest.approx(5e-5) and gw.Full(at="head").lr == pytest.approx(1e-2)
+    assert gw.Bottleneck(scale=4.0).lr == pytest.approx(1.25e-4) and gw.Bottleneck(scale=0.1).lr == Method.lr
 
 
 def test_each_method_has_its_own_rate_where_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:

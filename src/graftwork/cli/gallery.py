@@ -85,7 +85,8 @@ def _page(name: str, models: Sequence[Backbone]) -> str:
     ]
     needs = dict.fromkeys(word for kind in kinds for word in kind.needs)
     out += [f"- needs {NEEDS[word]}" for word in needs]
-    out += [f"- learning rate where none is given: {kinds[0].lr:g}, on backbones wider than 384 less in proportion", ""]
+    rates = " and ".join(dict.fromkeys(f"{kind.lr:g}" for kind in kinds))
+    out += [f"- learning rate where none is given: {rates}, on backbones wider than 384 less in proportion", ""]
     out += ["| hyper-parameter | default |", "| --- | --- |"]
     out += [f"| `{option}` | {code(default)} |" for option, default in defaults(made)]
     if said["more"]:
