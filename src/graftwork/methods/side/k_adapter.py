@@ -46,6 +46,8 @@ class KAdapter(Method):
     start: str = choice("random", "random", "identity")
     at: str = where("block, top")
 
+    lr = 1e-4  # whole transformer layers
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.d % self.heads:
