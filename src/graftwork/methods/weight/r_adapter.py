@@ -46,6 +46,11 @@ class RAdapter(Method):
     mergeable = True
 
     @property
+    def lr(self) -> float:  # type: ignore[override]
+        """A whole matrix on frozen outputs needs a lower one: tried on SST-2, where a tenth learns and the common rate diverges."""
+        return Method.lr / 10 if self.r is None else Method.lr
+
+    @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         """Steps for E, passes for g."""
         return (*(("step",) if self.momentum else ()), *(("begin",) if self.p else ()))
