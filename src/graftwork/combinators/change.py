@@ -25,7 +25,7 @@ def change(delta: WeightDelta, x: Tensor, y: Tensor, base: Callable[[Tensor], Te
     return F.linear(F.linear(seen, factors[0]), factors[1])
 
 
-class Share(Protocol):
+class Weigher(Protocol):
     """Who knows w in this pass."""
 
     def added(self, runtime: Runtime, x: Tensor, y: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -35,7 +35,7 @@ class Share(Protocol):
 class Weighed(WeightDelta):
     """y + w (W' - W) x.  delta: the one inside;  gate: who knows w, one for `each` token or example."""
 
-    def __init__(self, delta: WeightDelta, gate: Share, site: Site, each: str) -> None:
+    def __init__(self, delta: WeightDelta, gate: Weigher, site: Site, each: str) -> None:
         super().__init__()
         self.delta, self.gate, self.each = delta, gate, each
         self.place(site.key, site.weight)
