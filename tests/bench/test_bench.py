@@ -20,7 +20,7 @@ from graftwork.bench.chosen import labels
 from graftwork.bench.runs import DONE, FAILED, FINAL, RUNNING, TUNE, WAITING, missing
 from graftwork.bench.settings import BenchSettings
 from graftwork.bench.store import FILE, SQLite
-from graftwork.bench.work import bench, plan
+from graftwork.bench.work import bench, job_of, plan
 from graftwork.cli import main
 from graftwork.core.errors import GraftError
 from graftwork.train.settings import flag
@@ -95,6 +95,34 @@ def test_a_finished_bench_runs_nothing_again(finished, monkeypatch: pytest.Monke
     monkeypatch.setattr("graftwork.bench.work.PROCESSES", None)  # it would need one
     assert bench(s).is_file()
     assert SQLite(Path(s.out) / FILE, 60).rows() == rows
+
+
+def test_the_report_of_the_runs_that_are_over(
+    bert: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graftwork.bench.work.PROCESSES", None)  # nothing is trained
+    s = settings(bert, data, tmp_path / "out")
+    assert main([*command_of(s), "--report"]) == 2 and "no bench there" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    store, planned = SQLite(tmp_path / "out" / FILE, 60), plan(s)
+    store.agree(s.identity())
+    store.add(missing(planned.tasks, planned.entries, s, []))
+    run = store.claim("someone", {"feelings"})
+    assert run is not None
+    cost = {"seconds": 2.0, "cpu": 1.0, "memory": 2**20, "bytes": 1000, "trained": 50, "device": "cpu"}
+    store.finish(run, "someone", {"score": 0.875, "scores": {"accuracy": 0.875}, **cost})
+    assert main([*command_of(s), "--report"]) == 0
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "0.8750" in page and "1 runs, 0 of them failed; 1 to do" in page
+    assert [row.state for row in store.rows()] == [DONE, WAITING]
+
+
+def test_texts_of_similar_length_share_a_batch(bert: Path, data: Path, tmp_path: Path) -> None:
+    planned = plan(settings(bert, data, tmp_path / "out"))
+    [run, *_] = missing(planned.tasks, planned.entries, planned.settings, [])
+    assert job_of(planned, run, tmp_path)["fit"]["trainer"] == ("train_sampling_strategy=group_by_length",)
+    images = dataclasses.replace(planned, tasks=(dataclasses.replace(planned.tasks[0], padded=False),))
+    assert job_of(images, run, tmp_path)["fit"]["trainer"] == ()
 
 
 def test_ctrl_c_gives_the_runs_back(bert: Path, data: Path, tmp_path: Path) -> None:
@@ -230,6 +258,7 @@ def test_the_digits_backbone_is_of_the_benchs_own(tmp_path: Path, bert: Path) ->
     )
     task, model = task_of(digit, s, lambda text: None)  # finds what is there, and does not make it again
     assert task.backbone == str(folder) and task.metric == "accuracy" and 1.7e6 < task.parameters < 1.9e6
+    assert not task.padded
     assert next(model.parameters()).device == torch.device("meta")
     data = DataSettings(str(digit.folder / "train.parquet"), str(digit.folder / "dev.parquet"))
     told = TrainSettings(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -10,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from graftwork.bench.chosen import Entry, Task
-from graftwork.bench.report import markdown, report
+from graftwork.bench.report import report
 from graftwork.bench.runs import DONE, FAILED, RUNNING, Row, best_rate, expected, final, missing, tune
 from graftwork.bench.settings import BenchSettings
 from graftwork.bench.suites import Source
 from graftwork.bench.summary import cells, mean_rank, ranks
+from graftwork.bench.tables import lines, markdown
 from graftwork.bench.tasks import Rows
 from graftwork.bench.work import Plan
 from graftwork.core.errors import GraftError
@@ -98,8 +101,8 @@ def everything() -> tuple[list[Entry], list[Row]]:
 def test_ranks() -> None:
     entries, rows = everything()
     found = ranks(TASKS, cells(entries, rows))
-    assert found == {"lora": {"one": 1, "two": 1.5}, "ia3": {"one": 3, "two": 1.5}, "vera": {"one": 2, "two": 3}}
-    assert mean_rank(found["lora"]) == 1.25
+    assert found == {"lora": {"one": 1, "two": 1.5}, "ia3": {"one": 3, "two": 1.5}, "vera": {"one": 2}}
+    assert mean_rank(found["lora"]) == 1.25 and mean_rank(found["vera"]) == 2  # over what it takes part in
 
 
 def test_the_report_holds_scores_failures_and_what_was_left_out(tmp_path: Path) -> None:
@@ -117,8 +120,22 @@ def test_the_report_holds_scores_failures_and_what_was_left_out(tmp_path: Path) 
     assert titles == ["lora: accuracy 0.9000 ± 0.000, 40 parameters"] * 3  # one in each of the three panels
     of = (tmp_path / "methods" / "ia3.html").read_text()
     assert "0.7000" in of and "diverged" in of and "lr" in of
+    assert (tmp_path / "pictures" / "one.svg").read_text() in page and (tmp_path / "pictures" / "two.svg").is_file()
+
+
+def test_the_tables_and_the_runs_as_text() -> None:
+    entries, rows = everything()
     text = markdown(Plan(SETTINGS, tuple(TASKS), tuple(entries)), cells(entries, rows))
-    assert "| `vera` | 2.5 | 0.8000 ± 0.0000 (2) | left out (3) |" in text
+    assert "| `vera` | 2.0 | 0.8000 ± 0.0000 (2) | left out |" in text
+    assert "| `lora` | `lora(r=1)` | 0.7000 ± 0.0000 | 41 | 0.001 | 2.0 | 1.0 | 1 | 1 |" in text
+    assert "| two | `vera` | its smallest setting has 60 |" in text
+    assert text.count("| one | `ia3` | lr 0.001, seed") == 3
+    found = list(csv.DictReader(io.StringIO(lines([*rows, Row(tune(LORA, SETTINGS)[0], RUNNING)]))))
+    assert len(found) == len(rows)  # what is not over is not there
+    assert [found[0][name] for name in ("task", "label", "phase", "lr", "seed", "state", "score", "memory")] == (
+        ["one", "lora", "final", "0.001", "0", "done", "0.9", str(2**20)]
+    )
+    assert [r["reason"] for r in found if r["state"] == FAILED] == ["diverged: the loss is <nan> at step 3"] * 3
 
 
 def test_published_numbers_stand_beside_ours_with_their_source(tmp_path: Path) -> None:

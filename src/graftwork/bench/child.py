@@ -51,7 +51,7 @@ class DivergedError(Exception):
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """What came of a job: score, scores, seconds, cpu, memory, bytes, trained; or the reason of a failure."""
     watch = Watch()
-    data, fit = DataSettings(**job["data"]), FitSettings(**{**job["fit"], "trainer": TOLD})
+    data, fit = DataSettings(**job["data"]), FitSettings(**{**job["fit"], "trainer": (*TOLD, *job["fit"]["trainer"])})
     settings = TrainSettings(job["backbone"], job["out"], data, method=job["method"], name="bench", fit=fit)
     try:
         result = train(settings, [watch])

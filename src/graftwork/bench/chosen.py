@@ -31,7 +31,8 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Task:
-    """A task of this bench. metric: its name among the scores;  parameters: of the backbone;  budget: what is allowed on it."""
+    """A task of this bench. metric: its name among the scores;  parameters: of the backbone;  budget: what is allowed on it;
+    padded: rows are of several lengths."""
 
     rows: Rows
     backbone: str
@@ -39,6 +40,7 @@ class Task:
     larger: bool
     parameters: int
     budget: int | None
+    padded: bool = True
 
     @property
     def name(self) -> str:
@@ -94,7 +96,8 @@ def task_of(rows: Rows, settings: BenchSettings, say: Callable[[str], None]) -> 
     model = _on_meta(name, kind)
     size = sum(p.numel() for _, p in base_parameters(model))
     metric = source.metric or kind.best
-    return Task(rows, name, metric, kind.larger or metric != kind.best, size, allowed(settings.budget, size)), model
+    larger = kind.larger or metric != kind.best
+    return Task(rows, name, metric, larger, size, allowed(settings.budget, size), kind.padded), model
 
 
 def _backbone(rows: Rows, settings: BenchSettings, say: Callable[[str], None]) -> str:

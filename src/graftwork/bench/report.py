@@ -1,9 +1,9 @@
-"""The pages: index.html with pictures and tables, a page for each method, and the tables as Markdown. No file needs another one."""
+"""The pages: index.html with pictures and tables, and a page for each method, none of which needs another file. The pictures, the
+tables as Markdown and the runs as CSV lie beside them."""
 
 from __future__ import annotations
 
 import html
-import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,11 +15,12 @@ from .picture import family, panels
 from .published import PUBLISHED
 from .runs import DONE, FAILED, OVER, Row
 from .summary import Cell, cells, mean_rank, ranks
+from .tables import lines, markdown, number, ordered, placed, ranked, score
 
 if TYPE_CHECKING:
     from .work import Plan
 
-PAGE, TABLES, METHODS = "index.html", "tables.md", "methods"
+PAGE, TABLES, RUNS, METHODS, PICTURES = "index.html", "tables.md", "runs.csv", "methods", "pictures"
 STYLE = """
 body{font:15px/1.55 system-ui,sans-serif;max-width:78rem;margin:2rem auto;padding:0 1.2rem;color:#1c1c1c;background:#fff}
 h1{font-size:1.7rem}h2{margin-top:2.4rem;border-bottom:1px solid #ddd;padding-bottom:.2rem}
@@ -35,13 +36,18 @@ def report(plan: Plan, rows: Sequence[Row], out: Path) -> Path:
     """Write the pages and the tables of these rows below `out`. Returns the first page."""
     found = cells(plan.entries, rows)
     try:
-        (out / METHODS).mkdir(parents=True, exist_ok=True)
+        for folder in (METHODS, PICTURES):
+            (out / folder).mkdir(parents=True, exist_ok=True)
+        drawn = {task.name: panels(task, _of(task, found)) for task in plan.tasks}
+        for name, picture in drawn.items():
+            (out / PICTURES / f"{name}.svg").write_text(picture, encoding="utf-8")
         for label in dict.fromkeys(entry.label for entry in plan.entries):
             page = _page(f"{label}", _method(plan, rows, found, label))
             (out / METHODS / f"{_file(label)}.html").write_text(page, encoding="utf-8")
         (out / TABLES).write_text(markdown(plan, found), encoding="utf-8")
+        (out / RUNS).write_text(lines(rows), encoding="utf-8")
         title = f"graftwork bench: {', '.join(task.name for task in plan.tasks)}"
-        (out / PAGE).write_text(_page(title, _index(plan, rows, found)), encoding="utf-8")
+        (out / PAGE).write_text(_page(title, _index(plan, rows, found, drawn)), encoding="utf-8")
     except OSError as error:
         raise GraftError(
             f"write to {str(out)!r}", str(error.strerror or error), "make room, or write elsewhere"
@@ -56,15 +62,18 @@ def _page(title: str, body: str) -> str:
     )
 
 
-def _index(plan: Plan, rows: Sequence[Row], found: dict[tuple[str, str], Cell]) -> str:
+def _of(task: Task, found: dict[tuple[str, str], Cell]) -> list[Cell]:
+    return [cell for (name, _), cell in found.items() if name == task.name]
+
+
+def _index(plan: Plan, rows: Sequence[Row], found: dict[tuple[str, str], Cell], drawn: dict[str, str]) -> str:
     parts = [_protocol(plan, rows)]
     parts += ["<h2>Ranks</h2>", _rank_table(plan, found)]
     for task in plan.tasks:
-        of = [cell for (name, _), cell in found.items() if name == task.name]
         parts += [
             f"<h2>{html.escape(task.name)}</h2>",
-            f'<div class="wide">{panels(task, of)}</div>',
-            _task_table(plan, task, of),
+            f'<div class="wide">{drawn[task.name]}</div>',
+            _task_table(plan, task, _of(task, found)),
         ]
         parts += [_published(plan, task)]
     parts += ["<h2>Failures</h2>", _failures(found), "<h2>Left out</h2>", _left_out(plan.entries)]
@@ -108,35 +117,17 @@ def _file(label: str) -> str:
     return re.sub(r"[^\w.-]+", "_", label).strip("_")[:80] or "method"
 
 
-def _score(cell: Cell | None) -> str:
-    if cell is None:
-        return "left out"
-    if not cell.scores:
-        return "failed" if cell.failures else "to do"
-    return f"{cell.mean:.4f}" + ("" if cell.half is None else f" ± {cell.half:.4f}")
-
-
-def _number(value: float, unit: float = 1.0, digits: int = 0) -> str:
-    return "–" if math.isnan(value) else f"{value / unit:,.{digits}f}"
-
-
-def _ranked(plan: Plan, found: dict[tuple[str, str], Cell]) -> list[tuple[str, dict[str, float]]]:
-    return sorted(ranks(plan.tasks, found).items(), key=lambda pair: mean_rank(pair[1]))
-
-
 def _rank_table(plan: Plan, found: dict[tuple[str, str], Cell]) -> str:
     names = [task.name for task in plan.tasks]
     body = []
-    for label, of in _ranked(plan, found):
-        scores = [f"{_score(found.get((name, label)))} <span class='note'>({of[name]:g})</span>" for name in names]
+    for label, of in ranked(plan, found):
+        scores = ["{} <span class='note'>{}</span>".format(*placed(found, label, of, task)) for task in plan.tasks]
         body.append((_link(label), family(label), f"{mean_rank(of):.1f}", *scores))
-    note = '<p class="note">In brackets the rank on the task; a method without a score there is last.</p>'
+    note = (
+        '<p class="note">In brackets the rank on the task among the methods that take part there; one without a score is last. '
+        "The mean is over the tasks that a method takes part in.</p>"
+    )
     return note + _table(("method", "changes", "mean rank", *map(html.escape, names)), body, left=2)
-
-
-def _order(task: Task, of: Iterable[Cell]) -> list[Cell]:
-    sign = -1 if task.larger else 1
-    return sorted(of, key=lambda c: (math.isnan(c.mean), sign * c.mean if c.scores else 0))
 
 
 def _task_table(plan: Plan, task: Task, of: Sequence[Cell]) -> str:
@@ -144,15 +135,15 @@ def _task_table(plan: Plan, task: Task, of: Sequence[Cell]) -> str:
         (
             _link(c.entry.label),
             f"<code>{html.escape(c.entry.text)}</code>",
-            _score(c),
+            score(c),
             f"{c.entry.parameters:,}",
             plan.settings.rate(c.lr),
-            _number(c.seconds, digits=1),
-            _number(c.cpu, digits=1),
-            _number(c.memory, 2**20),
-            _number(c.bytes, 1e3),
+            number(c.seconds, digits=1),
+            number(c.cpu, digits=1),
+            number(c.memory, 2**20),
+            number(c.bytes, 1e3),
         )
-        for c in _order(task, of)
+        for c in ordered(task, of)
     ]
     heads = ("method", "as it is run", html.escape(task.metric), "trained", "lr", "s", "CPU s", "MB", "file, kB")
     return "<details open><summary>all methods, best first</summary>" + _table(heads, body, left=2) + "</details>"
@@ -209,7 +200,7 @@ def _method(plan: Plan, rows: Sequence[Row], found: dict[tuple[str, str], Cell],
             parts.append(f"<p>Left out: {html.escape(entry.reason)}</p>")
             continue
         text = f"<p><code>{html.escape(entry.text)}</code>, {entry.parameters:,} parameters beside the head"
-        parts.append(f"{text}; {html.escape(task.metric)} {_score(found[task.name, label])}</p>")
+        parts.append(f"{text}; {html.escape(task.metric)} {score(found[task.name, label])}</p>")
         mine = [r for r in rows if (r.run.task, r.run.label, r.run.text) == (task.name, label, entry.text)]
         body = [
             (
@@ -231,25 +222,3 @@ def _method(plan: Plan, rows: Sequence[Row], found: dict[tuple[str, str], Cell],
 
 def _scores(row: Row) -> str:
     return html.escape(", ".join(f"{k} {v:.4g}" for k, v in row.result["scores"].items()))
-
-
-def markdown(plan: Plan, found: dict[tuple[str, str], Cell]) -> str:
-    """The rank table, and the costs of each task, as Markdown."""
-    names = [task.name for task in plan.tasks]
-    lines = [f"| method | mean rank | {' | '.join(names)} |", f"| --- |{' ---: |' * (len(names) + 1)}"]
-    for label, of in _ranked(plan, found):
-        scores = " | ".join(f"{_score(found.get((name, label)))} ({of[name]:g})" for name in names)
-        lines.append(f"| `{label}` | {mean_rank(of):.1f} | {scores} |".replace(" | (", " ("))
-    for task in plan.tasks:
-        lines += [
-            "",
-            f"{task.name}:",
-            "",
-            f"| method | {task.metric} | trained | lr | s | MB | kB |",
-            "| --- | " + "---: | " * 6,
-        ]
-        for c in _order(task, [cell for (name, _), cell in found.items() if name == task.name]):
-            cost = (_number(c.seconds, digits=1), _number(c.memory, 2**20), _number(c.bytes, 1e3))
-            lr = plan.settings.rate(c.lr)
-            lines.append(f"| `{c.entry.label}` | {_score(c)} | {c.entry.parameters:,} | {lr} | {' | '.join(cost)} |")
-    return "\n".join(lines) + "\n"

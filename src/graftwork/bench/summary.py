@@ -82,18 +82,17 @@ def _which(row: Row) -> str:
 
 
 def ranks(tasks: Sequence[Task], found: dict[tuple[str, str], Cell]) -> dict[str, dict[str, float]]:
-    """label -> task -> rank of its mean, 1 the best, equals share a rank; a method without a score is last."""
-    labels = list(dict.fromkeys(label for _, label in found))
-    out: dict[str, dict[str, float]] = {label: {} for label in labels}
+    """label -> task -> rank of its mean, 1 the best, equals share a rank, a method without a score is last. On a task that a method
+    is left out of it has no rank."""
+    out: dict[str, dict[str, float]] = {label: {} for _, label in found}
     for task in tasks:
-        means = [found[task.name, label].mean if (task.name, label) in found else math.nan for label in labels]
-        worst = math.inf
-        values = [worst if math.isnan(m) else -m if task.larger else m for m in means]
-        for label, rank in zip(labels, rankdata(values, method="average"), strict=True):
-            out[label][task.name] = float(rank)
+        of = [cell for (name, _), cell in found.items() if name == task.name]
+        means = [math.inf if math.isnan(cell.mean) else -cell.mean if task.larger else cell.mean for cell in of]
+        for cell, rank in zip(of, rankdata(means, method="average"), strict=True):
+            out[cell.entry.label][task.name] = float(rank)
     return out
 
 
 def mean_rank(of: dict[str, float]) -> float:
-    """The mean over tasks."""
+    """The mean over the tasks that a method takes part in."""
     return statistics.mean(of.values())

@@ -34,6 +34,8 @@ PROCESSES: Any = multiprocessing.get_context(
     "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 )
 PROCESSES.set_forkserver_preload(["graftwork.bench.child"])
+# rows of similar length share a batch: a third of a text task's time is padding otherwise
+BY_LENGTH = ("train_sampling_strategy=group_by_length",)
 Say = Callable[[str], None]
 Progress = Callable[[int, int, str], None]  # runs that are over, of so many, and what was the last
 
@@ -67,17 +69,7 @@ def bench(settings: BenchSettings, say: Say = lambda text: None, progress: Progr
 
     KeyboardInterrupt ends the processes and gives their runs back; the same call goes on from there.
     """
-    out = Path(settings.out).expanduser()
-    places = {f"task {source.name}": source.place for source in sources(settings)}
-    if (out / FILE).is_file():  # what was begun is compared before anything else is done
-        SQLite(out / FILE, settings.lease).agree({**settings.identity(), **places})
-    planned = plan(settings, say)
-    local = SQLite(out / FILE, settings.lease)
-    local.agree({**settings.identity(), **places})
-    store: Store = local
-    if settings.storage:
-        store = Study(settings.storage, settings.study, settings.lease)
-        store.agree(settings.identity())  # a place is one machine's
+    planned, local, store = _opened(settings, say)
     work = _Work(planned, store, progress)
     with ThreadPoolExecutor(settings.workers) as pool:
         workers = [pool.submit(work.until_done) for _ in range(settings.workers)]
@@ -90,11 +82,40 @@ def bench(settings: BenchSettings, say: Say = lambda text: None, progress: Progr
     for worker in workers:
         worker.result()
     work.tell()
+    return _reported(planned, local, store)
+
+
+def written(settings: BenchSettings, say: Say = lambda text: None) -> Path:
+    """Write the report of the runs that are over, without doing any. Returns its page. GraftError where there is no bench yet."""
+    file = Path(settings.out).expanduser() / FILE
+    if not file.is_file() and not settings.storage:
+        raise GraftError(f"the report of {settings.out!r}", "no bench there", "run it first, without --report")
+    return _reported(*_opened(settings, say))
+
+
+def _opened(settings: BenchSettings, say: Say) -> tuple[Plan, SQLite, Store]:
+    """The plan, the file below --out, and where the runs are shared: all agree on the settings."""
+    file = Path(settings.out).expanduser() / FILE
+    told = settings.identity() | {f"task {source.name}": source.place for source in sources(settings)}
+    if file.is_file():  # what was begun is compared before anything else is done
+        SQLite(file, settings.lease).agree(told)
+    planned = plan(settings, say)
+    local = SQLite(file, settings.lease)
+    local.agree(told)
+    if not settings.storage:
+        return planned, local, local
+    store = Study(settings.storage, settings.study, settings.lease)
+    store.agree(settings.identity())  # a place is one machine's
+    return planned, local, store
+
+
+def _reported(planned: Plan, local: SQLite, store: Store) -> Path:
+    rows = store.rows()
     if store is not local:
-        local.write([row for row in store.rows() if row.state in OVER])
+        local.write([row for row in rows if row.state in OVER])
     from .report import report
 
-    return report(planned, store.rows(), out)
+    return report(planned, rows, local.file.parent)
 
 
 class _Work:
@@ -152,7 +173,7 @@ class _Work:
     def _watched(self, run: Run, worker: str, folder: Path) -> dict[str, Any] | None:
         """Do a run in a child process, renewing the claim. None where it was given back, or was taken for dead."""
         settings, told, log = self.plan.settings, folder / "job.json", folder / "log"
-        told.write_text(json.dumps(self._job(run, folder)), encoding="utf-8")
+        told.write_text(json.dumps(job_of(self.plan, run, folder)), encoding="utf-8")
         limit = time.monotonic() + 60 * settings.timeout if settings.timeout else None
         child = PROCESSES.Process(target=main, args=(str(told), str(log)))
         with self.lock:  # starting one looks at all others, which two threads must not do at once
@@ -184,21 +205,26 @@ class _Work:
         with self.lock:
             return child.is_alive()
 
-    def _job(self, run: Run, folder: Path) -> dict[str, Any]:
-        task, settings = self.tasks[run.task], self.plan.settings
-        source, at = task.rows.source, task.rows.folder
-        final = run.phase == FINAL
-        data = DataSettings(
-            str(at / (BOTH if final and source.refit else TRAIN)),
-            str(at / (TEST if final else DEV)),
-            text=source.text,
-            pair=source.pair,
-            label=source.label,
-            max_length=settings.max_length,
-        )
-        fit = FitSettings(settings.epochs, settings.steps, settings.batch, precision=settings.precision, seed=run.seed)
-        fit = replace(fit, lr_factor=run.lr) if settings.relative else replace(fit, lr=run.lr)
-        return job(task.backbone, folder / "adapter", task.metric, run.text, data, fit, folder / "result.json")
+
+def job_of(planned: Plan, run: Run, folder: Path) -> dict[str, Any]:
+    """What the process of a run is told: `child.run`. Files are written below `folder`."""
+    task, settings = next(task for task in planned.tasks if task.name == run.task), planned.settings
+    source, at = task.rows.source, task.rows.folder
+    final = run.phase == FINAL
+    data = DataSettings(
+        str(at / (BOTH if final and source.refit else TRAIN)),
+        str(at / (TEST if final else DEV)),
+        text=source.text,
+        pair=source.pair,
+        label=source.label,
+        max_length=settings.max_length,
+    )
+    told = BY_LENGTH if task.padded else ()
+    fit = FitSettings(
+        settings.epochs, settings.steps, settings.batch, precision=settings.precision, seed=run.seed, trainer=told
+    )
+    fit = replace(fit, lr_factor=run.lr) if settings.relative else replace(fit, lr=run.lr)
+    return job(task.backbone, folder / "adapter", task.metric, run.text, data, fit, folder / "result.json")
 
 
 def _result(status: int, file: Path, log: Path) -> dict[str, Any]:

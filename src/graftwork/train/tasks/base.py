@@ -28,7 +28,8 @@ class Task:
     columns: which column is what;  labels: the names of the classes or tags, in the order of the logits (empty: none);
     max_length: tokens a text is cut at (0: what the backbone allows).
     name: on the command line and on disk;  auto: the transformers class that loads the backbone with the right head;
-    best: the score that decides which state is the best;  larger: whether a larger one is better.
+    best: the score that decides which state is the best;  larger: whether a larger one is better;  padded: rows are of several
+    lengths, and a batch is as long as its longest.
     """
 
     columns: Columns
@@ -40,6 +41,7 @@ class Task:
     auto: ClassVar[str]
     best: ClassVar[str]
     larger: ClassVar[bool] = True
+    padded: ClassVar[bool] = True
 
     def config(self) -> dict[str, Any]:
         """What the backbone's config must say."""

@@ -26,6 +26,7 @@ class ImageClassification(Task):
     name = "image"
     auto = "AutoModelForImageClassification"
     best = "accuracy"
+    padded = False
 
     def encode(self, rows: Dataset, processor: Any, *, labelled: bool = True, training: bool = False) -> Dataset:
         """Images stay what they are (paths, bytes, grey values): pixels are made batch by batch."""
