@@ -18,18 +18,17 @@ from .settings import CASES, Case
 every = pytest.mark.parametrize("case", CASES, ids=str)
 # hosts that differ from another one in nothing that number formats, copies and files could notice
 ALIKE = {"linear_square", "linear_read", "conv1d", "conv2d_reflect", "packed_qkv", "multihead_whole", "encoder", "gpt2"}
-# every case, of which those of a method's further settings, and on hosts like others, are run by `make slow`
-first = pytest.mark.parametrize(
-    "case",
-    [pytest.param(c, marks=pytest.mark.slow if c.setting.label or c.host.name in ALIKE else ()) for c in CASES],
-    ids=str,
-)
 
 
-def where(accept: Callable[[Case], bool]) -> pytest.MarkDecorator:
-    """The cases that `accept` takes."""
+def where(accept: Callable[[Case], bool], *further: pytest.MarkDecorator) -> pytest.MarkDecorator:
+    """The cases that `accept` takes. further: marks of those of a method's further settings, and on hosts like others."""
     chosen = [case for case in CASES if accept(case)]
-    return pytest.mark.parametrize("case", chosen, ids=str)
+    marked = [pytest.param(c, marks=further if c.setting.label or c.host.name in ALIKE else ()) for c in chosen]
+    return pytest.mark.parametrize("case", marked, ids=str)
+
+
+# every case, of which the further ones are run by `make slow`
+first = where(lambda case: True, pytest.mark.slow)
 
 
 def on(*hosts: str) -> pytest.MarkDecorator:

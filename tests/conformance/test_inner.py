@@ -16,7 +16,7 @@ import graftwork as gw
 from graftwork.core.delta import Delta, WeightDelta
 from graftwork.grafting.install import root_of
 
-from .cases import every, grafted, leave_init
+from .cases import first, grafted, leave_init
 from .hosts import BY_NAME, fresh, output
 from .settings import Case
 
@@ -99,7 +99,7 @@ def everywhere(model: nn.Module, folder: Path) -> Iterator[nn.Module]:
     yield other
 
 
-@every
+@first
 def test_every_method(case: Case, tmp_path: Path) -> None:
     model, _ = grafted(case)
     for state in everywhere(model, tmp_path):

@@ -75,8 +75,11 @@ every = pytest.mark.parametrize("mix", MIXES, ids=str)
 trained = pytest.mark.parametrize("mix", TRAINED, ids=str)
 
 
-def on(*hosts: str, only: list[Mix] = MIXES) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("mix", [mix for mix in only if mix.host.name in hosts], ids=str)
+def on(*hosts: str, only: list[Mix] = MIXES, slow: str = "") -> pytest.MarkDecorator:
+    """The mixtures on these hosts, and on one that is left to `make slow`."""
+    chosen = [mix for mix in only if mix.host.name in (*hosts, slow)]
+    marked = [pytest.param(mix, marks=pytest.mark.slow if mix.host.name == slow else ()) for mix in chosen]
+    return pytest.mark.parametrize("mix", marked, ids=str)
 
 
 def with_members(mix: Mix, model: nn.Module | None = None) -> nn.Module:
@@ -242,7 +245,7 @@ def test_generate_with_and_without_the_cache_agrees(mix: Mix):
     close(torch.stack(cached.logits), torch.stack(plain.logits), 1e-4)
 
 
-@on("linear_wide", "linear_square", "llama")
+@on("linear_wide", "linear_square", slow="llama")
 def test_compile_fullgraph_equals_eager(mix: Mix):
     torch.compiler.reset()
     inputs = mix.host.inputs()

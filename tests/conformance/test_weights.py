@@ -37,7 +37,7 @@ def test_merged_equals_unmerged_and_unmerge_restores_the_bits(case: Case):
     assert torch.equal(output(model, inputs), unmerged)
 
 
-@where(merges)
+@where(merges, pytest.mark.slow)
 def test_ten_merges_in_bfloat16_do_not_drift(case: Case):
     model, _ = grafted(case, model=fresh(case.host).bfloat16())
     before = Snapshot(model)
@@ -47,7 +47,7 @@ def test_ten_merges_in_bfloat16_do_not_drift(case: Case):
     before.same(model)
 
 
-@where(merges)
+@where(merges, pytest.mark.slow)
 def test_merged_for_good_is_a_plain_model(case: Case):
     inputs = case.host.inputs()
     model, _ = grafted(case)
