@@ -92,8 +92,8 @@ def test_digits_are_the_real_ones() -> None:
 def test_hub_names_are_read_as_owner_and_as_config(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def fake(*arguments: str) -> dict[str, Dataset]:
-        asked.append(arguments)
+    def fake(*arguments: str, data_files: dict[str, str] | None = None) -> dict[str, Dataset]:
+        asked.append(arguments if data_files is None else (*arguments, data_files))
         if arguments not in [("glue", "sst2"), ("owner/set",), ("owner/set", "small")]:
             raise FileNotFoundError(f"no {arguments}")
         rows = Dataset.from_list([{"text": "x", "label": 0}])
@@ -104,6 +104,8 @@ def test_hub_names_are_read_as_owner_and_as_config(monkeypatch: pytest.MonkeyPat
     for name in ("glue/sst2", "owner/set", "owner/set/small"):
         assert set(data.read(f"hub:{name}")) == {"train", "eval"}
     assert asked == [("glue/sst2",), ("glue", "sst2"), ("owner/set",), ("owner/set", "small")]
+    data.read("hub:owner/set/*.tar")
+    assert asked[-1] == ("owner/set", {"train": "train/*.tar", "test": "test/*.tar"})
     with pytest.raises(GraftError, match="hub:nothing"):
         data.read("hub:nothing")
 
@@ -148,6 +150,7 @@ def test_files_that_cannot_be_read_say_why(tmp_path: Path, name: str, content: b
         ({"messages": [{"role": "user", "content": "x"}]}, {}, "messages", ("messages", None, None)),
         ({"text": "x"}, {}, "plain", ("text", None, None)),
         ({"image": "x.png", "label": "1"}, {}, "image", ("image", None, "label")),
+        ({"image": "x.png", "said": "y", "label": "1"}, {"text": "said"}, "texts", ("said", None, "label")),
     ],
 )
 def test_columns_are_guessed_and_can_be_named(columns: dict, given: dict, kind: str, named: tuple) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import ClassLabel, Dataset, List
+from datasets import ClassLabel, Dataset, Image, List
 
 from ..core.errors import GraftError, nearest
 from .settings import DataSettings
@@ -19,6 +19,7 @@ LABEL = (
     "label",
     "labels",
     "class",
+    "cls",
     "category",
     "target",
     "score",
@@ -122,8 +123,8 @@ def find(rows: Dataset, settings: DataSettings, task: str = "auto") -> Columns:
         if task == "tokens":
             raise _missing("a column with tokens and one with their tags", names, "--text COLUMN --label COLUMN")
     if task in ("auto", "image"):
-        text = settings.text if task == "image" and settings.text else first(IMAGE)
-        if text:
+        text = settings.text or first(IMAGE) or _only_image(rows)
+        if text and (task == "image" or settings.text is None or text.lower() in IMAGE or _is_image(rows, text)):
             return Columns("image", text, label=settings.label or first(LABEL, unless=text) or _needs_label(names))
         if task == "image":
             raise _missing("a column with images", names, "--text COLUMN")
@@ -194,6 +195,16 @@ def _is_list(rows: Dataset, name: str) -> bool:
 
 def _is_string(rows: Dataset, name: str) -> bool:
     return getattr(rows.features[name], "dtype", "") in ("string", "large_string")
+
+
+def _is_image(rows: Dataset, name: str) -> bool:
+    return isinstance(rows.features[name], Image)
+
+
+def _only_image(rows: Dataset) -> str | None:
+    """The one column of images, whatever its name."""
+    found = [name for name in rows.column_names if _is_image(rows, name)]
+    return found[0] if len(found) == 1 else None
 
 
 def _holds_messages(rows: Dataset, name: str) -> bool:

@@ -171,15 +171,17 @@ def digits() -> Dataset:
 
 def hub(name: str) -> dict[str, Dataset]:
     """NAME, NAME/CONFIG, OWNER/NAME or OWNER/NAME/CONFIG of the hub. Two words are read as an owner's data set
-    first."""
+    first. OWNER/NAME/*.tar: only such files of its folders train and test, where others lie beside them."""
     parts = name.strip("/").split("/")
+    files = {split: f"{split}/{parts[-1]}" for split in ("train", "test")} if "*" in parts[-1] else None
+    parts = parts[: None if files is None else -1]
     tries: list[tuple[str, ...]] = [] if len(parts) > 3 else [("/".join(parts[:2]), *parts[2:])]
-    if len(parts) == 2:
+    if len(parts) == 2 and files is None:
         tries.append((parts[0], parts[1]))
     problem: Exception | None = None
     for arguments in tries:
         try:
-            return _known_splits(load_dataset(*arguments), f"hub:{name}")
+            return _known_splits(load_dataset(*arguments, data_files=files), f"hub:{name}")
         except GraftError:
             raise
         except Exception as error:  # the hub's client raises many kinds; each means: not this reading of the name

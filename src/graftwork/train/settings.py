@@ -66,7 +66,7 @@ class DataSettings:
 
     data: str = option(
         "rows to learn from: a .csv .tsv .jsonl .json .parquet or .txt file; a folder of such files (train, dev, test) "
-        "or of images in one folder per label; hub:NAME[/CONFIG]; or digits (scikit-learn's images)",
+        "or of images in one folder per label; hub:NAME[/CONFIG] or hub:OWNER/NAME/*.tar; or digits (scikit-learn's images)",
         check=given,
         metavar="PATH",
     )
