@@ -105,6 +105,15 @@ def test_ranks() -> None:
     assert mean_rank(found["lora"]) == 1.25 and mean_rank(found["vera"]) == 2  # over what it takes part in
 
 
+def test_a_method_that_failed_with_a_seed_is_ranked_last() -> None:
+    entries, rows = everything()
+    last = next(i for i, row in enumerate(rows) if (row.run.label, row.run.task, row.run.seed) == ("lora", "one", 2))
+    rows[last] = Row(rows[last].run, FAILED, {"reason": "out of memory"})
+    found = cells(entries, rows)
+    assert ranks(TASKS, found)["lora"]["one"] == 2.5 and ranks(TASKS, found)["vera"]["one"] == 1
+    assert "0.9000 ± 0.0000 of 2 of 3 seeds (2.5)" in markdown(Plan(SETTINGS, tuple(TASKS), tuple(entries)), found)
+
+
 def test_the_report_holds_scores_failures_and_what_was_left_out(tmp_path: Path) -> None:
     entries, rows = everything()
     page = report(Plan(SETTINGS, tuple(TASKS), tuple(entries)), rows, tmp_path).read_text()

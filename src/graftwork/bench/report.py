@@ -34,6 +34,8 @@ tr:hover td{background:#f5f8fc}code{font-size:12px}svg{max-width:100%;height:aut
 
 def report(plan: Plan, rows: Sequence[Row], out: Path) -> Path:
     """Write the pages and the tables of these rows below `out`. Returns the first page."""
+    names = [task.name for task in plan.tasks]
+    rows = [row for row in rows if row.run.task in names]
     found = cells(plan.entries, rows)
     try:
         for folder in (METHODS, PICTURES):
@@ -124,7 +126,7 @@ def _rank_table(plan: Plan, found: dict[tuple[str, str], Cell]) -> str:
         scores = ["{} <span class='note'>{}</span>".format(*placed(found, label, of, task)) for task in plan.tasks]
         body.append((_link(label), family(label), f"{mean_rank(of):.1f}", *scores))
     note = (
-        '<p class="note">In brackets the rank on the task among the methods that take part there; one without a score is last. '
+        '<p class="note">In brackets the rank on the task among the methods that take part there; one that failed is last. '
         "The mean is over the tasks that a method takes part in.</p>"
     )
     return note + _table(("method", "changes", "mean rank", *map(html.escape, names)), body, left=2)

@@ -19,13 +19,15 @@ LEVEL = 0.95
 class Cell:
     """One method on one task.
 
-    scores: one for each seed that ended;  mean, half: their mean and half of its confidence interval (None for one seed);  lr: the
-    learning rate that was chosen;  time, seconds, cpu, memory, bytes: medians (time: seconds on an accelerator; of the processor
-    without one, where other work on the machine counts for less);  failures: reasons, of seeds and of learning rates.
+    scores: one for each seed that ended;  lost: how many seeds failed;  mean, half: of the scores, and half of the confidence
+    interval of their mean (None for one seed);  lr: the learning rate that was chosen;  time, seconds, cpu, memory, bytes: medians
+    (time: seconds on an accelerator; of the processor without one, where other work on the machine counts for less);  failures:
+    reasons, of seeds and of learning rates.
     """
 
     entry: Entry
     scores: tuple[float, ...]
+    lost: int
     lr: float | None
     time: float
     seconds: float
@@ -64,6 +66,7 @@ def cells(every: Sequence[Entry], rows: Iterable[Row]) -> dict[tuple[str, str], 
         out[entry.task, entry.label] = Cell(
             entry,
             tuple(r.result["score"] for r in ended),
+            sum(r.run.phase == FINAL for r in failed),
             ended[0].run.lr if ended else None,
             statistics.median(map(_time, ended)) if ended else math.nan,
             failures=tuple(f"{_which(r)}: {r.result.get('reason', '')}" for r in failed),
@@ -82,12 +85,12 @@ def _which(row: Row) -> str:
 
 
 def ranks(tasks: Sequence[Task], found: dict[tuple[str, str], Cell]) -> dict[str, dict[str, float]]:
-    """label -> task -> rank of its mean, 1 the best, equals share a rank, a method without a score is last. On a task that a method
-    is left out of it has no rank."""
+    """label -> task -> rank of its mean, 1 the best, equals share a rank, a method without a score is last, and so is one that failed
+    with any seed. On a task that a method is left out of it has no rank."""
     out: dict[str, dict[str, float]] = {label: {} for _, label in found}
     for task in tasks:
         of = [cell for (name, _), cell in found.items() if name == task.name]
-        means = [math.inf if math.isnan(cell.mean) else -cell.mean if task.larger else cell.mean for cell in of]
+        means = [math.inf if cell.lost or not cell.scores else -cell.mean if task.larger else cell.mean for cell in of]
         for cell, rank in zip(of, rankdata(means, method="average"), strict=True):
             out[cell.entry.label][task.name] = float(rank)
     return out

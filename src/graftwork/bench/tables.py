@@ -21,12 +21,13 @@ RESULT = ("score", "seconds", "cpu", "memory", "bytes", "trained", "device", "re
 
 
 def score(cell: Cell | None) -> str:
-    """A mean with half of its interval, or why there is none."""
+    """A mean with half of its interval and the seeds that are missing, or why there is none."""
     if cell is None:
         return "left out"
     if not cell.scores:
         return "failed" if cell.failures else "to do"
-    return f"{cell.mean:.4f}" + ("" if cell.half is None else f" ± {cell.half:.4f}")
+    of = f" of {len(cell.scores)} of {len(cell.scores) + cell.lost} seeds" if cell.lost else ""
+    return f"{cell.mean:.4f}" + ("" if cell.half is None else f" ± {cell.half:.4f}") + of
 
 
 def number(value: float, unit: float = 1.0, digits: int = 0) -> str:
@@ -40,9 +41,9 @@ def ranked(plan: Plan, found: Found) -> list[tuple[str, dict[str, float]]]:
 
 
 def ordered(task: Task, of: Iterable[Cell]) -> list[Cell]:
-    """The best first; those without a score last."""
+    """The best first; those that failed last."""
     sign = -1 if task.larger else 1
-    return sorted(of, key=lambda c: (math.isnan(c.mean), sign * c.mean if c.scores else 0))
+    return sorted(of, key=lambda c: (not c.scores, c.lost > 0, sign * c.mean if c.scores else 0))
 
 
 def placed(found: Found, label: str, of: dict[str, float], task: Task) -> tuple[str, str]:
