@@ -76,10 +76,12 @@ def _panel(axes: Any, task: Task, shown: Sequence[Cell], costs: Sequence[float])
         made = axes.errorbar(
             cost, cell.mean, yerr=cell.half or 0, fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.45
         )
-        (dot,) = axes.plot(cost, cell.mean, "o", color=colour, ms=5.5, mec="white", mew=0.6)
+        rim, inside = (colour, "white") if cell.lost else ("white", colour)  # a seed that failed leaves it hollow
+        (dot,) = axes.plot(cost, cell.mean, "o", mfc=inside, ms=5.5, mec=rim, mew=0.6)
         dot.set_gid(f"point-{i}")
         made.lines[2][0].set_zorder(1)
-    best = sorted(range(len(shown)), key=lambda i: -shown[i].mean if task.larger else shown[i].mean)[:NAMED]
+    whole = [i for i, cell in enumerate(shown) if not cell.lost]
+    best = sorted(whole, key=lambda i: -shown[i].mean if task.larger else shown[i].mean)[:NAMED]
     _names(axes, [(costs[i], shown[i].mean, shown[i].entry.label) for i in best])
     if costs and min(costs) > 0 and max(costs) > 8 * min(costs):
         axes.set_xscale("log")
