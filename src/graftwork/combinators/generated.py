@@ -49,6 +49,7 @@ class Generated(Around):
     init_std: float = number(0.01, low=0.0)
 
     identity = mergeable = False
+    lr = 3e-4  # of the paper; a step moves what is written by the sum over proj inputs
 
     def __post_init__(self) -> None:
         super().__post_init__()
