@@ -118,6 +118,11 @@ def test_a_method_without_a_size_stays_as_it_is(model: nn.Module) -> None:
     assert str(solved(model, "ia3", 10_000)) == "ia3()"
 
 
+def test_what_cannot_be_counted_on_a_backbone_says_why(model: nn.Module) -> None:
+    with pytest.raises(GraftError, match=r"leave out 4 blocks(.|\n)*2 that may be: 0, 1"):
+        solved(model, "das", 5000)
+
+
 def test_too_small_a_budget_is_an_error_with_the_smallest_count(model: nn.Module) -> None:
     with pytest.raises(
         GraftError, match=r"lora\(.*within 100 parameters(.|\n)*smallest setting has 256(.|\n)*at least 256"

@@ -100,7 +100,7 @@ def solve(methods: Methods, anatomy: Anatomy, budget: int | None, builds: Builds
         for _ in range(REFUSED):
             found, least = _largest(probe, group, budget)
             if found is None:
-                smallest.append(least)
+                smallest += [] if least is None else [least]
                 break
             try:
                 builds(found.methods)
@@ -110,6 +110,8 @@ def solve(methods: Methods, anatomy: Anatomy, budget: int | None, builds: Builds
                 probe.seen[found.methods] = None
     if refusal is not None:
         raise refusal
+    if not smallest:  # nothing could be counted: the first reason is that of the methods as they are
+        sum(map(_count, methods, probe.sites))
     asked = f"{' + '.join(map(str, methods))} within {budget:,} parameters"
     do = f"give a --budget of at least {min(smallest)}, or leave the method out"
     raise GraftError(asked, f"its smallest setting has {min(smallest):,}", do)
@@ -190,12 +192,12 @@ def _changed(method: Method, values: dict[Path, float]) -> Method:
     return replace(method, **own)  # type: ignore[arg-type]
 
 
-def _largest(probe: _Probe, group: Sequence[Size], budget: int) -> tuple[Solved | None, int]:
-    """The largest setting within the budget, and the smallest count that was seen."""
+def _largest(probe: _Probe, group: Sequence[Size], budget: int) -> tuple[Solved | None, int | None]:
+    """The largest setting within the budget, and the smallest count that was seen; None where none could be counted."""
     seen = _doubled(probe, group, budget)
     fitting = [(f, found) for f, found in seen if found.count <= budget]
     if not fitting:
-        return None, min((found.count for _, found in seen), default=budget + 1)
+        return None, min((found.count for _, found in seen), default=None)
     low, best = max(fitting, key=lambda pair: (pair[1].count, -pair[0]))
     high = 2 * low
     for _ in range(2):  # the second time between two neighbours, for numbers above STEPS
