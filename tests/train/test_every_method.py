@@ -56,8 +56,19 @@ def text(name: str) -> str:
     return f"{name}({', '.join(f'{option}=bottleneck(reduction=4)' for option in needs)})"
 
 
-# what mixes other adapters is trained beside them: test_members
-@pytest.mark.parametrize("name", sorted(name for name, made in REGISTRY.items() if not made.mixes))
+def special(name: str) -> bool:
+    """Whether training does more with the method than step its parameters, or its file or backbone is of another kind."""
+    bases = REGISTRY[name].__mro__[:-2]  # without Method and object
+    own = {field for base in bases for field in vars(base)} & {"needs", "fold", "step", "begin", "groups"}
+    return bool(own) or name in KINDS or name in STORED
+
+
+# what mixes other adapters is trained beside them: test_members. Those with nothing special are left to `make slow`, but for these
+NAMES = sorted(name for name, made in REGISTRY.items() if not made.mixes)
+QUICK = {"bottleneck", "full", "generated", "ladder", "mixture", "prompt", "soka"} | set(filter(special, NAMES))
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in NAMES])
 def test_a_method_is_trained_opened_and_resumed(name: str, backbones: Callable[[str], Path], tmp_path: Path) -> None:
     kind = KINDS.get(name, "bert")
     made = {"llama": tiny.alphabets, "resnet": tiny.pictures, "mixtral": tiny.alphabets, "bert": tiny.feelings}
